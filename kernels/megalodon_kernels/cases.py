@@ -1,0 +1,78 @@
+"""Inputs for every op, by name: tests, timings and health checks share them. No two dimensions of a case are equal."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalodon_kernels.timestep_norm.statistics import Statistics
+
+Inputs = dict[str, Any]
+
+
+def cases(op: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Iterator[tuple[str, Inputs]]:
+    """Yield (name, keyword arguments) for `op`: one token, odd lengths, with and without state and document starts."""
+    make = {"cema": _cema, "timestep_norm": _timestep_norm, "chunk_attention": _chunk_attention}[op]
+    draw = torch.Generator().manual_seed(seed)
+    for length in (1, 37, 150):
+        for with_state in (False, True):
+            for with_starts in (False, True):
+                name = f"L{length}" + "-state" * with_state + "-starts" * with_starts
+                yield name, make(length, with_state, with_starts, dtype, draw)
+
+
+def _starts(batch: int, length: int, draw: torch.Generator) -> Tensor:
+    """Documents of 1 to 29 tokens; the first row does not begin with one."""
+    starts = torch.rand(batch, length, generator=draw) < 0.08
+    starts[0, 0] = False
+    starts[-1, length // 2] = True
+    return starts
+
+
+def _cema(length: int, with_state: bool, with_starts: bool, dtype: torch.dtype, draw: torch.Generator) -> Inputs:
+    B, D, N = 2, 5, 3
+    alpha, delta, theta = (torch.rand(D, N, generator=draw, dtype=torch.float64) for _ in range(3))
+    normal = {
+        "x": (B, length, D),
+        "gamma": (D, N, 2),
+        "omega": (D,),
+        **({"h0": (B, D, N, 2)} if with_state else {}),
+    }
+    inputs: Inputs = {name: torch.randn(shape, generator=draw, dtype=dtype) for name, shape in normal.items()}
+    inputs |= {"p": alpha.to(dtype), "log_decay": torch.log1p(-0.99 * alpha * delta), "angle": 3 * theta}
+    return inputs | ({"starts": _starts(B, length, draw)} if with_starts else {})
+
+
+def _timestep_norm(
+    length: int, with_state: bool, with_starts: bool, dtype: torch.dtype, draw: torch.Generator
+) -> Inputs:
+    B, D, G = 4, 15, 3
+    inputs: Inputs = {
+        "x": torch.randn(B, length, D, generator=draw, dtype=dtype) + 3,
+        "weight": 0.1 * torch.randn(D, generator=draw, dtype=dtype),
+        "bias": 0.1 * torch.randn(D, generator=draw, dtype=dtype),
+        "num_groups": G,
+    }
+    if with_state:
+        # The last row has seen nothing: whatever its mean and variance say must not matter.
+        count = torch.randint(1, 9, (B,), generator=draw)
+        count[-1] = 0
+        mean = 3 + torch.randn(B, G, generator=draw, dtype=torch.float64)
+        var = 0.5 + torch.rand(B, G, generator=draw, dtype=torch.float64)
+        inputs["state"] = Statistics(count, mean, var)
+    return inputs | ({"starts": _starts(B, length, draw)} if with_starts else {})
+
+
+def _chunk_attention(
+    length: int, with_state: bool, with_starts: bool, dtype: torch.dtype, draw: torch.Generator
+) -> Inputs:
+    B, H, Z, V, C = 3, 2, 4, 5, 16
+    shapes = {"q": (B, length, H, Z), "k": (B, length, H, Z), "v": (B, length, H, V)}
+    inputs: Inputs = {name: torch.randn(shape, generator=draw, dtype=dtype) for name, shape in shapes.items()}
+    inputs["chunk_size"] = C
+    if with_state:
+        inputs["position"] = torch.tensor([3 * C + 6, 11, C])
+        inputs["open_k"] = torch.randn(B, 11, H, Z, generator=draw, dtype=dtype)
+        inputs["open_v"] = torch.randn(B, 11, H, V, generator=draw, dtype=dtype)
+    return inputs | ({"starts": _starts(B, length, draw)} if with_starts else {})

@@ -1,0 +1,84 @@
+"""Complex exponential moving average (CEMA): what the op promises, and which implementation runs.
+
+Not here: the parameters and their squashing (megalodon/model/cema.py), the norm that follows.
+"""
+
+import torch
+from torch import Tensor
+
+from megalodon_kernels.cema.portable import cema_portable
+from megalodon_kernels.cema.reference import cema_reference
+from megalodon_kernels.dispatch import Backend, choose
+
+IMPLEMENTATIONS = {"reference": cema_reference, "portable": cema_portable}
+
+
+def cema(
+    x: Tensor,
+    p: Tensor,
+    log_decay: Tensor,
+    angle: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run N complex, decaying, rotating averages over each channel and read out their weighted real sum.
+
+        h_t = q ⊙ h_{t-1} + p ⊙ x_t,   q = exp(log_decay + i·angle);    y_t = Re Σ_n gamma_n h_{t,n} + omega ⊙ x_t
+
+    Megalodon, arXiv 2404.08801, eqs. 2 and 3, in the form of the released code: the input weight p is real.
+
+    Args:
+        x:         (B, L, D) float32 or bfloat16 (or float64, then throughout), L ≥ 1.
+        p:         (D, N) float32 in (0, 1): weight of the input.
+        log_decay: (D, N) float64 ≤ 0: nats a token. Not q itself, whose powers would compound a rounding.
+        angle:     (D, N) float64: radians a token.
+        gamma:     (D, N, 2) float32: weights of the sum, as (real, imaginary).
+        omega:     (D,) float32: weight of the skip path.
+        h0:        (B, D, N, 2) float32 or float64: the state before the first token; None means zero.
+        starts:    (B, L) bool: True at the first token of a document, which sees no state; None means nowhere.
+    Returns:
+        y:         (B, L, D) in the dtype of x.
+        h:         (B, D, N, 2) in the dtype of h0 (float32 without one): the state after the last token; pass it as
+                   the next h0.
+    Raises:
+        ValueError: two sizes disagree; the message shows both.
+        KernelError: `backend` cannot run this call.
+    """
+    _check(x, p, log_decay, angle, gamma, omega, h0, starts)
+    run = choose("cema", backend, IMPLEMENTATIONS)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, p, log_decay, angle, gamma, omega, h0, starts)
+
+
+def _check(
+    x: Tensor,
+    p: Tensor,
+    log_decay: Tensor,
+    angle: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    h0: Tensor | None,
+    starts: Tensor | None,
+) -> None:
+    if x.dim() != 3 or x.shape[1] < 1:
+        raise ValueError(f"cema: x is {tuple(x.shape)}; expected (B, L, D) with L ≥ 1")
+    (B, L, D), N = x.shape, p.shape[-1]
+    expected = {
+        "p": (p, (D, N)),
+        "log_decay": (log_decay, (D, N)),
+        "angle": (angle, (D, N)),
+        "gamma": (gamma, (D, N, 2)),
+        "omega": (omega, (D,)),
+        "h0": (h0, (B, D, N, 2)),
+        "starts": (starts, (B, L)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"cema: {name} is {tuple(tensor.shape)} but x is {tuple(x.shape)} with N = {N}; "
+                f"expected {shape}; pass the {name} that belongs to this x"
+            )

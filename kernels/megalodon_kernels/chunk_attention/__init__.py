@@ -1,0 +1,97 @@
+"""Softmax attention inside fixed chunks of a document: what the op promises, and which implementation runs.
+
+Not here: the normalisation and rotation of queries and keys, the gate (megalodon/model).
+"""
+
+import torch
+from torch import Tensor
+
+from megalodon_kernels.chunk_attention.portable import chunk_attention_portable
+from megalodon_kernels.chunk_attention.reference import chunk_attention_reference
+from megalodon_kernels.dispatch import Backend, choose
+
+IMPLEMENTATIONS = {"reference": chunk_attention_reference, "portable": chunk_attention_portable}
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    position: Tensor | None = None,
+    open_k: Tensor | None = None,
+    open_v: Tensor | None = None,
+    starts: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend to the tokens of the same chunk of the same document, up to and including oneself.
+
+        y_t = Σ_j softmax_j(q_t · k_j) v_j     over j ≤ t in the chunk of t: equal ⌊position / chunk_size⌋
+
+    No further scale on the scores: it is in q and k. Megalodon, arXiv 2404.08801, section 3.3.
+
+    Args:
+        q, k:       (B, L, H, Z) float32, bfloat16 or float64: rotated queries and keys, L ≥ 1.
+        v:          (B, L, H, V), the dtype in which the weighted sum is formed.
+        chunk_size: C, in tokens.
+        position:   (B,) int64: tokens of the current document before this call; None means 0.
+        open_k:     (B, P, H, Z): keys of the open chunk. Row b holds its position[b] mod C keys first; what lies behind
+                    them is ignored. None means P = 0.
+        open_v:     (B, P, H, V): its values.
+        starts:     (B, L) bool: True at the first token of a document, where the chunks begin anew.
+        dropout:    probability that a weight is zeroed after the softmax; the others grow by 1 / (1 - dropout).
+    Returns:
+        y:          (B, L, H, V) in the dtype of v.
+        open_k:     (B, P', H, Z): keys of the chunk that is open after the last token, zero behind each row's own.
+        open_v:     (B, P', H, V): its values.
+    Raises:
+        ValueError: two sizes disagree; the message shows both.
+        KernelError: `backend` cannot run this call.
+    """
+    if position is None:
+        position = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    if open_k is None or open_v is None:
+        open_k, open_v = k[:, :0], v[:, :0]
+    _check(q, k, v, chunk_size, position, open_k, open_v, starts)
+    run = choose("chunk_attention", backend, IMPLEMENTATIONS)
+    with torch.autocast(q.device.type, enabled=False):
+        return run(q, k, v, chunk_size, position, open_k, open_v, starts, dropout)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    position: Tensor,
+    open_k: Tensor,
+    open_v: Tensor,
+    starts: Tensor | None,
+) -> None:
+    if q.dim() != 4 or q.shape[1] < 1:
+        raise ValueError(f"chunk_attention: q is {tuple(q.shape)}; expected (B, L, H, Z) with L ≥ 1")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_attention: chunk_size is {chunk_size}; expected at least 1 token")
+    (B, L, H, Z), V, P = q.shape, v.shape[-1], open_k.shape[1]
+    expected = {
+        "k": (k, (B, L, H, Z)),
+        "v": (v, (B, L, H, V)),
+        "position": (position, (B,)),
+        "open_k": (open_k, (B, P, H, Z)),
+        "open_v": (open_v, (B, P, H, V)),
+        "starts": (starts, (B, L)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"chunk_attention: {name} is {tuple(tensor.shape)} but q is {tuple(q.shape)}; "
+                f"expected {shape}; pass the {name} that belongs to this q"
+            )
+    filled = int((position % chunk_size).max())
+    if filled > P:
+        raise ValueError(
+            f"chunk_attention: position says {filled} tokens are in the open chunk but open_k holds {P}; "
+            "pass the keys and values that the previous call returned"
+        )

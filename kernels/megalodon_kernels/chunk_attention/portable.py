@@ -1,0 +1,160 @@
+"""Chunk attention in row blocks of library matrix products: the CPU path, and any device without Triton.
+
+The tokens are laid out as (rows, chunk), so that one batched product serves all chunks; queries go block by block, each
+block only over the keys it may see. Probabilities are computed again in the backward pass instead of being kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import pad
+
+from megalodon_kernels.rows import cut
+
+# Queries a block: the block on the diagonal is half wasted, so smaller is less work and more calls.
+BLOCK = 128
+
+
+def chunk_attention_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    position: Tensor,
+    open_k: Tensor,
+    open_v: Tensor,
+    starts: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `megalodon_kernels.chunk_attention`."""
+    L, filled = q.shape[1], position % chunk_size
+    rows = cut(q, chunk_size, starts, filled)
+    packed_q, packed_k, packed_v = rows.pack(q), rows.pack(k), rows.pack(v)
+    P = open_k.shape[1]
+    if P:
+        # Only the first row of each batch row can continue an open chunk; a start on its first token closes that one.
+        begins = rows.begins[:, :1]
+        past = torch.arange(P, device=q.device) < torch.where(begins, 0, filled[:, None])  # (B, P)
+        allowed = pad(past, (0, rows.width), value=True)
+        keys = torch.cat([open_k[:, None], packed_k[:, :1]], dim=2)
+        values = torch.cat([open_v[:, None], packed_v[:, :1]], dim=2)
+        y = _attend(packed_q[:, :1], keys, values, allowed[:, None], dropout)
+        if rows.length.shape[1] > 1:
+            body = _attend(packed_q[:, 1:], packed_k[:, 1:], packed_v[:, 1:], None, dropout)
+            y = torch.cat([y, body], dim=1)
+    else:
+        y = _attend(packed_q, packed_k, packed_v, None, dropout)
+    return rows.unpack(y, L), *_still_open(k, v, chunk_size, position, open_k, open_v, starts)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+    """(B, R, T, H, ·) -> (B, R, T, H, V); query t sees all keys but the last T-1-t, where `allowed` (B, R, keys)."""
+    B, R, T, H, _ = q.shape
+    flat = [x.permute(0, 1, 3, 2, 4).flatten(0, 2) for x in (q, k, v)]  # (B·R·H, time, width)
+    if allowed is not None:
+        allowed = allowed[:, :, None].expand(B, R, H, allowed.shape[-1]).flatten(0, 2)
+    y: Tensor = _Attention.apply(*flat, allowed, dropout)  # type: ignore[no-untyped-call]
+    return y.view(B, R, H, T, -1).permute(0, 1, 3, 2, 4)
+
+
+class _Block(NamedTuple):
+    """Queries [begin, end) and the keys they may see, [0, keys)."""
+
+    begin: int
+    end: int
+    keys: int
+
+
+def _blocks(num_queries: int, num_keys: int) -> list[_Block]:
+    past = num_keys - num_queries
+    ends = [min(begin + BLOCK, num_queries) for begin in range(0, num_queries, BLOCK)]
+    return [_Block(end - (end - 1) % BLOCK - 1, end, past + end) for end in ends]
+
+
+def _scores(q: Tensor, k: Tensor, block: _Block, allowed: Tensor | None) -> Tensor:
+    """q kᵀ of a block in float32 or better, -inf where a query may not look."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(q[:, block.begin : block.end].to(wide), k[:, : block.keys].to(wide).mT)
+    size = block.end - block.begin
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    scores[..., -size:].masked_fill_(later, float("-inf"))
+    if allowed is not None:
+        scores.masked_fill_(~allowed[:, None, : block.keys], float("-inf"))
+    return scores
+
+
+class _Attention(torch.autograd.Function):
+    """Backward: dP = dy vᵀ (dropped and scaled as P), dS = P (dP - rowsum(dy y)), dq = dS k, dk = dSᵀ q, dv = Pᵀ dy."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+        y = v.new_empty(*q.shape[:2], v.shape[-1])
+        sums, kept = [], []
+        for block in _blocks(q.shape[1], k.shape[1]):
+            scores = _scores(q, k, block, allowed)
+            lse = scores.logsumexp(-1, keepdim=True)
+            weights = torch.exp_(scores.sub_(lse))
+            if dropout:
+                keep = torch.rand_like(weights) >= dropout
+                weights = torch.where(keep, weights / (1 - dropout), 0.0)
+                kept.append(keep)
+            y[:, block.begin : block.end] = torch.bmm(weights.to(v.dtype), v[:, : block.keys])
+            sums.append(lse)
+        ctx.save_for_backward(q, k, v, y, torch.cat(sums, dim=1), *kept)
+        ctx.allowed, ctx.dropout = allowed, dropout  # type: ignore[attr-defined]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, y, lse, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        allowed, dropout = ctx.allowed, ctx.dropout  # type: ignore[attr-defined]
+        wide = lse.dtype
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        shared = (dy.to(wide) * y.to(wide)).sum(-1, keepdim=True)
+        for i, block in enumerate(_blocks(q.shape[1], k.shape[1])):
+            own, seen = slice(block.begin, block.end), slice(0, block.keys)
+            weights = torch.exp_(_scores(q, k, block, allowed).sub_(lse[:, own]))
+            d_weights = torch.bmm(dy[:, own], v[:, seen].mT).to(wide)
+            used = weights
+            if dropout:
+                d_weights = torch.where(kept[i], d_weights / (1 - dropout), 0.0)
+                used = torch.where(kept[i], weights / (1 - dropout), 0.0)
+            d_scores = d_weights.sub_(shared[:, own]).mul_(weights)
+            dq[:, own] = torch.bmm(d_scores, k[:, seen].to(wide))
+            dk[:, seen] += torch.bmm(d_scores.mT, q[:, own].to(wide))
+            dv[:, seen] += torch.bmm(used.mT.to(dy.dtype), dy[:, own])
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _still_open(
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    position: Tensor,
+    open_k: Tensor,
+    open_v: Tensor,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the chunk that is open behind the last token, each row's own first, zeros behind them."""
+    (B, L), P = k.shape[:2], open_k.shape[1]
+    filled = position % chunk_size
+    fresh = torch.zeros(B, dtype=torch.bool, device=k.device)
+    since = torch.full((B,), L, device=k.device)
+    if starts is not None:
+        fresh = starts.any(1)
+        since = torch.where(fresh, starts.flip(1).long().argmax(1) + 1, L)
+    length = (torch.where(fresh, 0, filled) + since) % chunk_size
+    longest = int(length.max())
+    if not longest:
+        return k[:, :0], v[:, :0]
+    # Behind one another lie the row's `filled` old entries and its L new ones; the open chunk is the end of that.
+    slot = torch.arange(longest, device=k.device)
+    source = filled[:, None] + L - length[:, None] + slot  # counted from the row's first old entry
+    source = torch.where(source < filled[:, None], source, source - filled[:, None] + P).clamp(max=P + L - 1)
+    batch = torch.arange(B, device=k.device)[:, None]
+    used = (slot < length[:, None])[..., None, None]
+    both = [torch.cat([old, new], dim=1)[batch, source] for old, new in ((open_k, k), (open_v, v))]
+    return torch.where(used, both[0], 0), torch.where(used, both[1], 0)
