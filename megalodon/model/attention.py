@@ -1,0 +1,108 @@
+"""Attention inside chunks: where each token stands, the rotation of queries and keys -> op.
+
+Not here: the projections and the gate (megalodon.py), the softmax (megalodon_kernels.chunk_attention).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megalodon.model.layers import Float32Module
+from megalodon_kernels import Backend, chunk_attention
+
+
+class Place(NamedTuple):
+    """Where the tokens of a call stand; the same for every layer.
+
+    Shapes:
+        before: (B,) int64: tokens of the current document before this call.
+        after:  (B,) int64: the same after it.
+        starts: (B, L) bool or None: True at the first token of a document.
+        turn:   (B or 1, L, 1, Z/H/2) complex: the rotation of each token's queries and keys.
+    """
+
+    before: Tensor
+    after: Tensor
+    starts: Tensor | None
+    turn: Tensor
+
+
+class Rotary(Float32Module):
+    """Rotary positions that restart at 0 in every chunk (Su et al. 2021; model released with Megalodon).
+
+    Args:
+        head_dim: Z/H, even; adjacent features form a pair.
+        base: of the frequencies base^(-2i/head_dim).
+    """
+
+    freqs: Tensor
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        super().__init__()
+        self.register_buffer("freqs", rotary_frequencies(head_dim, base))
+
+    def forward(self, position: Tensor, chunk_size: int) -> Tensor:
+        """Positions (B, L) in the document -> rotations (B, L, 1, head_dim/2), complex64 (128 in a float64 model).
+
+        Angles are formed in float64: a float32 product is off by 1.2e-4 rad near position 4096.
+        """
+        angle = (position % chunk_size)[..., None, None] * self.freqs.double()
+        turn = torch.polar(torch.ones_like(angle), angle)
+        return turn if self.freqs.dtype == torch.float64 else turn.to(torch.complex64)
+
+
+def rotary_frequencies(head_dim: int, base: float) -> Tensor:
+    """1 / base^(2i/head_dim) for i < head_dim/2, rounded to float32 as the released buffer is: (head_dim/2,)."""
+    exponent = torch.arange(0, head_dim, 2).float() / head_dim
+    return 1.0 / (base**exponent)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn each adjacent pair of features: (B, L, H, Z/H) by (B, L, 1, Z/H/2) complex, in float32 or better."""
+    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def document_positions(before: Tensor, starts: Tensor | None, length: int) -> Tensor:
+    """Position of each token in its document: (B, L); (1, L) when all rows are alike."""
+    t = torch.arange(length, device=before.device)
+    if starts is None:
+        rows = before[:1] if bool((before == before[0]).all()) else before
+        return rows[:, None] + t
+    t = t.expand(len(before), length)
+    last_start = torch.where(starts, t, 0).cummax(dim=1).values
+    return t - last_start + torch.where(starts.cumsum(1) == 0, before[:, None], 0)
+
+
+class ChunkAttention(nn.Module):
+    """softmax(q kᵀ) v inside each chunk of a document (arXiv 2404.08801, section 3.3); has no parameters.
+
+    Args:
+        chunk_size: C, tokens.
+        dropout: of the attention weights, in training only.
+    """
+
+    def __init__(self, chunk_size: int, dropout: float, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.chunk_size, self.dropout, self.backend = chunk_size, dropout, backend
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, place: Place, open_chunk: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, H, ·) queries, keys, values -> (B, L, V), and keys and values of the chunk still open."""
+        open_k, open_v = open_chunk or (None, None)
+        q, k = rotate(q, place.turn).to(v.dtype), rotate(k, place.turn).to(v.dtype)
+        y, open_k, open_v = chunk_attention(
+            q,
+            k,
+            v,
+            self.chunk_size,
+            place.before,
+            open_k,
+            open_v,
+            place.starts,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return y.flatten(2), open_k, open_v

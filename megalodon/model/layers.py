@@ -1,0 +1,85 @@
+"""The small parts every block is made of: linear maps, norms, and which parameters never leave float32.
+
+Not here: TimestepNorm (timestep_norm.py), the values parameters start from (megalodon.initialise).
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, layer_norm, linear, rms_norm
+
+
+class Float32Module(nn.Module):
+    """A module whose own parameters and buffers ignore casts to half precision.
+
+    Statistics, decays and rotations lose their meaning there: bf16 frequencies are off by up to 0.4 %. So
+    `model.bfloat16()` rounds the large matrices only; float64 is taken as asked.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_wide(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return x.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        for child in self.children() if recurse else ():
+            child._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(keep_wide, recurse=False)
+        return self
+
+
+class Embedding(nn.Module):
+    """One vector for each token id; the weight (vocab, dim) is left uninitialised like that of `Linear`."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B, L, dim)."""
+        return embedding(tokens, self.weight)
+
+
+class RMSNorm(Float32Module):
+    """x / sqrt(mean(x²) + eps) · (1 + weight), over the last axis, in float32 or better."""
+
+    def __init__(self, dim: int, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.empty(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = None if self.weight is None else 1 + self.weight
+        return rms_norm(wide, (self.dim,), scale, self.eps).to(x.dtype)
+
+
+class LayerNorm(Float32Module):
+    """(x - mean) / sqrt(var + eps) · (1 + weight) + bias, over the last axis, in float32 or better."""
+
+    def __init__(self, dim: int, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.empty(dim)) if affine else None
+        self.bias = nn.Parameter(torch.empty(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = None if self.weight is None else 1 + self.weight
+        return layer_norm(wide, (self.dim,), scale, self.bias, self.eps).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """x Wᵀ + b with weight (out, in), left uninitialised: megalodon.initialise fills every parameter."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)

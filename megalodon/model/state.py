@@ -1,0 +1,66 @@
+"""The streaming state of the model as values: everything it remembers of what it has read.
+
+Its size depends on the model and the chunk size alone, never on how much was read. Nothing here is modified in place,
+so a state can be kept, copied and branched. Not here: how it moves (the layers), its file format.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megalodon_kernels import Statistics
+
+
+class LayerState(NamedTuple):
+    """What one block remembers; P is the number of tokens in the open chunk of the longest row.
+
+    Shapes:
+        k:    (B, P, H, Z/H): rotated keys of the open chunk, each row's own first, zeros behind them.
+        v:    (B, P, H, V/H): its values.
+        norm: Statistics of the block's TimestepNorm: (B,), (B, G), (B, G).
+        cema: (B, D, N, 2): the complex averages as (real, imaginary); float64 on a CPU, else float32.
+    """
+
+    k: Tensor
+    v: Tensor
+    norm: Statistics
+    cema: Tensor
+
+
+class State(NamedTuple):
+    """What the model remembers.
+
+    Shapes:
+        position: (B,) int64: tokens of the current document read so far, in each row.
+        layers:   one LayerState a block.
+        norm:     Statistics of the final TimestepNorm.
+    """
+
+    position: Tensor
+    layers: tuple[LayerState, ...]
+    norm: Statistics
+
+    def detach(self) -> "State":
+        """The same values outside the graph."""
+        return self.map(Tensor.detach)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "State":
+        """Apply `function` to every tensor."""
+
+        def norm(x: Statistics) -> Statistics:
+            return Statistics(function(x.count), function(x.mean), function(x.var))
+
+        layers = (LayerState(function(x.k), function(x.v), norm(x.norm), function(x.cema)) for x in self.layers)
+        return State(function(self.position), tuple(layers), norm(self.norm))
+
+    def num_bytes(self) -> int:
+        """Memory of all tensors, in bytes."""
+        sizes: list[int] = []
+
+        def count(x: Tensor) -> Tensor:
+            sizes.append(x.numel() * x.element_size())
+            return x
+
+        self.map(count)
+        return sum(sizes)

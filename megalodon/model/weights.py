@@ -1,0 +1,62 @@
+"""Named tensors -> the parameters of a model, strictly: every name and shape is accounted for. Not here: files."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megalodon.errors import CheckpointError
+from megalodon.model.attention import rotary_frequencies
+from megalodon.model.megalodon import Megalodon
+
+_PRIORS = ("prior_count", "prior_mean", "prior_logv")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a name of the state dict is one of the released buffers, which a file may lack."""
+    return name == "rope.freqs" or name.endswith(_PRIORS)
+
+
+@torch.no_grad()
+def assign_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Make `tensors` the weights of `model`, which may have been built on the meta device.
+
+    Tensors are copied, half precision is widened to float32; one float64 tensor makes all of them float64. A stored
+    float32 `rope.freqs` is used as it is; stored in half precision it is up to 0.4 % off and is computed anew.
+
+    Args:
+        model: its state dict says what is expected.
+        tensors: name -> tensor, under the names of the released code; buffers may be absent.
+        source: where the tensors come from, for messages.
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape or not of a float type, a tied output matrix
+            differs from the embedding, or a prior has a count other than 0. The message names each.
+    """
+    expected = model.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in tensors and not is_buffer(name)]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name in expected.keys() & tensors.keys():
+        if tensors[name].shape != expected[name].shape:
+            found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
+            problems.append(f"{name} is {found}, expected {wanted}")
+        elif not name.endswith("prior_count") and not tensors[name].is_floating_point():
+            problems.append(f"{name} is {tensors[name].dtype}, expected a float type")
+        elif name.endswith("prior_count") and int(tensors[name]) != 0:
+            problems.append(f"{name} is {int(tensors[name])}; a language model has no prior, expected 0")
+    tied = model.config.share_emb
+    if tied and not problems and not torch.equal(tensors["embed.weight"], tensors["output.output.weight"]):
+        problems.append("output.output.weight differs from embed.weight, but share_emb ties them")
+    if problems:
+        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: " + "; ".join(problems))
+
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
+    values = {name: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for name, t in tensors.items()}
+    for name, target in expected.items():
+        if name == "rope.freqs" and (name not in tensors or tensors[name].itemsize < 4):
+            base = model.config.rope_base or 10_000.0
+            values[name] = rotary_frequencies(2 * len(target), base).to(dtype)
+        elif name not in values:
+            values[name] = torch.zeros(target.shape, dtype=target.dtype if name.endswith("prior_count") else dtype)
+    model.load_state_dict({name: t.contiguous() for name, t in values.items()}, assign=True)
+    if tied:
+        model.output.output.weight = model.embed.weight
