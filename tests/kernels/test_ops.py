@@ -1,0 +1,189 @@
+"""What holds for every op: portable = reference in every output and gradient, gradcheck, documents kept apart."""
+
+from typing import Any
+
+import pytest
+import torch
+from tolerances import OP, assert_close
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+import megalodon_kernels
+from megalodon_kernels import KernelError
+from megalodon_kernels.cases import cases
+
+OPS = ("cema", "timestep_norm", "chunk_attention")
+NAMES = [name for name, _ in cases("cema")]
+
+
+def case(op: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    return dict(cases(op, dtype))[name]
+
+
+def run(op: str, inputs: dict[str, Any], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the gradients of every float input for a random cotangent of every float output."""
+    leaves, tree = tree_flatten(inputs)
+    leaves = [x.clone().requires_grad_() if is_float(x) else x for x in leaves]
+    outputs = tree_flatten(getattr(megalodon_kernels, op)(**tree_unflatten(leaves, tree), backend=backend))[0]
+    draw = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(y.shape, generator=draw, dtype=torch.float64) for y in outputs if is_float(y)]
+    total = sum((y * dy).sum() for y, dy in zip(filter(is_float, outputs), cotangents, strict=True))
+    inputs_with_gradient = [x for x in leaves if is_float(x)]
+    gradients = torch.autograd.grad(total, inputs_with_gradient, allow_unused=True)
+    return outputs, [
+        torch.zeros_like(x) if g is None else g for x, g in zip(inputs_with_gradient, gradients, strict=True)
+    ]
+
+
+def is_float(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("op", OPS)
+def test_portable_is_reference(op: str, name: str, dtype: torch.dtype) -> None:
+    inputs = case(op, name, dtype)
+    expected, expected_gradients = run(op, inputs, "reference")
+    actual, actual_gradients = run(op, inputs, "portable")
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.dtype == e.dtype
+        if is_float(e):
+            assert_close(a, e, OP[dtype], f"output {i}")
+        else:
+            assert torch.equal(a, e), f"output {i}"
+    for i, (a, e) in enumerate(zip(actual_gradients, expected_gradients, strict=True)):
+        # A token that sees one key has weight 1 whatever its score: the gradient is 0 up to rounding of both sides.
+        if e.abs().max() > 1e-6:
+            assert_close(a, e, OP[dtype], f"gradient {i}")
+        else:
+            assert a.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op: str, backend: str) -> None:
+    """Numerical derivatives in float64 of every input, states included, with document starts."""
+    inputs = case(op, "L37-state-starts", torch.float64)
+    length = 7
+    short = {k: v[:, :length] if k in ("x", "q", "k", "v", "starts") else v for k, v in inputs.items()}
+    leaves, tree = tree_flatten(short)
+    places = [i for i, x in enumerate(leaves) if is_float(x)]
+
+    def function(*floats: Tensor) -> tuple[Tensor, ...]:
+        filled = list(leaves)
+        for i, x in zip(places, floats, strict=True):
+            filled[i] = x
+        outputs = getattr(megalodon_kernels, op)(**tree_unflatten(filled, tree), backend=backend)
+        return tuple(filter(is_float, tree_flatten(outputs)[0]))
+
+    assert torch.autograd.gradcheck(function, [leaves[i].clone().requires_grad_() for i in places])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nan_in_one_document_stays_there(op: str) -> None:
+    inputs = case(op, "L37-starts", torch.float32)
+    rows = len(inputs["starts"])
+    inputs["starts"] = torch.zeros(rows, 37, dtype=torch.bool)
+    inputs["starts"][:, [0, 13, 29]] = True
+    for name in {"x", "q", "k", "v"} & inputs.keys():
+        inputs[name][:, 13:29] = float("nan")
+    y = getattr(megalodon_kernels, op)(**inputs)[0]
+    assert y[:, :13].isfinite().all()
+    assert y[:, 13:29].isnan().all()
+    assert y[:, 29:].isfinite().all()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_backend_asked_for_by_name_runs_or_raises(op: str) -> None:
+    with pytest.raises(KernelError, match=f"{op}: backend is 'cuda'; expected one of auto, reference, portable"):
+        getattr(megalodon_kernels, op)(**case(op, "L1", torch.float32), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("cema", {"p": (4, 3)}, r"cema: p is \(4, 3\) but x is \(2, 37, 5\) with N = 3; expected \(5, 3\)"),
+        ("cema", {"h0": (2, 3, 5, 2)}, r"cema: h0 is \(2, 3, 5, 2\)"),
+        ("cema", {"x": (2, 0, 5)}, r"cema: x is \(2, 0, 5\); expected \(B, L, D\) with L ≥ 1"),
+        ("timestep_norm", {"weight": (14,)}, r"timestep_norm: weight is \(14,\) but x is \(4, 37, 15\)"),
+        ("chunk_attention", {"v": (3, 36, 2, 5)}, r"chunk_attention: v is \(3, 36, 2, 5\) but q is \(3, 37, 2, 4\)"),
+    ],
+)
+def test_sizes_that_disagree_are_named(op: str, change: dict[str, tuple[int, ...]], message: str) -> None:
+    inputs = case(op, "L37", torch.float32) | {name: torch.zeros(shape) for name, shape in change.items()}
+    with pytest.raises(ValueError, match=message):
+        getattr(megalodon_kernels, op)(**inputs)
+
+
+def test_groups_must_divide_the_features() -> None:
+    inputs = case("timestep_norm", "L37", torch.float32) | {"num_groups": 4}
+    with pytest.raises(ValueError, match="num_groups is 4; expected a divisor of D = 15"):
+        megalodon_kernels.timestep_norm(**inputs)
+
+
+def test_attention_refuses_a_cache_that_is_too_short() -> None:
+    inputs = case("chunk_attention", "L37", torch.float32) | {"position": torch.tensor([5, 0, 3])}
+    with pytest.raises(ValueError, match="5 tokens are in the open chunk but open_k holds 0"):
+        megalodon_kernels.chunk_attention(**inputs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_padding_moves_nothing(backend: str) -> None:
+    """TimestepNorm with padded steps = without these steps, in outputs, statistics and gradients."""
+    inputs = case("timestep_norm", "L37-state", torch.float64)
+    row = {k: v[:1] if k == "x" else v for k, v in inputs.items() if k != "state"}
+    row["state"] = type(inputs["state"])(*(field[:1] for field in inputs["state"]))
+    padding = torch.zeros(1, 37, dtype=torch.bool)
+    padding[0, [0, 1, 9, 20, 36]] = True
+    poisoned = row["x"].masked_fill(padding[..., None], 1e6).requires_grad_()
+    kept = row["x"][:, ~padding[0]].clone().requires_grad_()
+    y, after = megalodon_kernels.timestep_norm(**(row | {"x": poisoned}), padding=padding, backend=backend)
+    z, expected = megalodon_kernels.timestep_norm(**(row | {"x": kept}), backend=backend)
+    assert (y[padding] == 0).all()
+    assert_close(y[~padding], z[0], OP[torch.float64])
+    assert int(after.count) == int(expected.count)
+    assert_close(after.mean, expected.mean, OP[torch.float64])
+    assert_close(after.var, expected.var, OP[torch.float64])
+    (y.square().sum() + after.var.sum()).backward()
+    (z.square().sum() + expected.var.sum()).backward()
+    assert (poisoned.grad[padding] == 0).all()
+    assert_close(poisoned.grad[~padding], kept.grad[0], OP[torch.float64])
+
+
+def test_constant_input_has_variance_zero() -> None:
+    inputs = case("timestep_norm", "L37", torch.float32)
+    y, after = megalodon_kernels.timestep_norm(**(inputs | {"x": torch.full_like(inputs["x"], 2.5)}))
+    assert torch.equal(y, inputs["bias"].expand_as(y))
+    assert (after.var == 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 200])
+def test_decay_of_zero_and_of_almost_one(length: int) -> None:
+    """|q| = 0 remembers nothing, |q| → 1 sums everything, and both have finite gradients."""
+    x = torch.randn(2, length, 3, dtype=torch.float64)
+    p, gamma = torch.ones(3, 1, dtype=torch.float64), torch.zeros(3, 1, 2, dtype=torch.float64)
+    gamma[..., 0] = 1
+    angle, omega = torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    log_decay = torch.tensor([[-36.04], [-1e-12], [-36.04]], dtype=torch.float64, requires_grad=True)
+    y, _ = megalodon_kernels.cema(x, p, log_decay, angle, gamma, omega)
+    assert_close(y[..., 0], x[..., 0], 1e-12)
+    assert_close(y[..., 1], x[..., 1].cumsum(1), 1e-9)
+    (gradient,) = torch.autograd.grad(y.square().sum(), log_decay)
+    assert gradient.isfinite().all()
+
+
+def test_attention_dropout_keeps_the_mean_and_differentiates() -> None:
+    """E[y] over masks is the y without dropout; the gradient is that of the masks that were drawn."""
+    inputs = case("chunk_attention", "L37", torch.float64)
+    plain = megalodon_kernels.chunk_attention(**inputs)[0]
+    mean = torch.stack([megalodon_kernels.chunk_attention(**inputs, dropout=0.3)[0] for _ in range(3000)]).mean(0)
+    # Standard error of the mean of 3000 draws with values near 1: 0.65 / 55 = 0.012, five of them.
+    assert (mean - plain).abs().max() < 0.06
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return megalodon_kernels.chunk_attention(q, k, v, 4, dropout=0.4)[0]
+
+    leaves = [inputs[name][:1, :6].clone().requires_grad_() for name in "qkv"]
+    assert torch.autograd.gradcheck(function, leaves)
