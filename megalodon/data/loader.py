@@ -1,0 +1,208 @@
+"""Windows and batches from a token store: everything a pure function of a global sample number.
+
+Sample k of an epoch is the tokens [kT, kT+T+1) of the stream: inputs are the first T, targets the last T. The order is
+megalodon/data/order.py; the whole position of a run is `samples_consumed`.
+Not here: how many samples a step takes (megalodon/training/loop.py), where the tokens lie (megalodon/data/shards.py).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalodon.data.order import ORDER_VERSION, mixture, permute
+from megalodon.data.shards import Store
+from megalodon.data.tokenizer import Tokenizer
+from megalodon.errors import CheckFailed, DataError
+
+IGNORED = -100
+"""The target that no loss is taken of."""
+EVERYTHING = "*"
+"""The name of all sources as one stream; no source can be called so."""
+
+Int64s = NDArray[np.int64]
+Isolate = Literal["doc", "none"]
+
+
+class Batch(NamedTuple):
+    """Some rows of L tokens with what comes after each."""
+
+    tokens: Int64s
+    """(B, L) token ids."""
+    targets: Int64s
+    """(B, L) the next token; IGNORED where no loss is taken."""
+    starts: NDArray[np.bool_]
+    """(B, L) where a document begins; all False with isolate `none`."""
+
+
+class WindowLedger(NamedTuple):
+    """Where the tokens and labels of one stream go in an epoch."""
+
+    name: str
+    tokens: int
+    windows: int
+    seq_len: int
+    tail: int
+    """Tokens after the last window; never trained on."""
+    first_of_document: int
+    """Labels that are ignored, as the first token of the next document."""
+
+    def lines(self) -> list[str]:
+        """Return the ledger as training prints it. Raises: CheckFailed if it does not add up."""
+        labels = self.windows * self.seq_len
+        if self.tokens != labels + 1 + self.tail or not 0 <= self.tail < self.seq_len:
+            raise CheckFailed(
+                f"windows: {self.name} has {self.tokens:,} tokens, but {self.windows:,} x {self.seq_len:,} + 1 + tail "
+                f"{self.tail:,} is {labels + 1 + self.tail:,}"
+            )
+        return [
+            f"windows    {self.name} {self.tokens:,} = {self.windows:,} x {self.seq_len:,} + 1 + tail {self.tail:,}",
+            f"labels     an epoch {labels:,} = trained {labels - self.first_of_document:,} "
+            f"+ first-of-document {self.first_of_document:,}",
+        ]
+
+
+def _window(store: Store, start: int, length: int, isolate: Isolate) -> tuple[Int64s, Int64s, NDArray[np.bool_]]:
+    """Return inputs, targets and starts of `length` inputs at a place of the stream; reads length + 1 tokens."""
+    tokens = store.tokens(start, start + length + 1)
+    targets = tokens[1:].copy()
+    begins = np.zeros(length + 1, dtype=np.bool_)
+    if isolate == "doc":
+        begins[store.starts(start, start + length + 1) - start] = True
+        targets[begins[1:]] = IGNORED
+    return tokens[:-1], targets, begins[:-1]
+
+
+def _stack(windows: list[tuple[Int64s, Int64s, NDArray[np.bool_]]]) -> Batch:
+    tokens, targets, starts = zip(*windows, strict=True)
+    return Batch(np.stack(tokens), np.stack(targets), np.stack(starts))
+
+
+class Loader:
+    """Training batches: `batch(first, count)` depends on nothing but its arguments and the constructor's.
+
+    weights: the part of each source in the mixture; None takes the store as one stream.
+    Raises: DataError for a stream shorter than one window, unknown sources, or weights that cannot be met.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        seq_len: int,
+        isolate: Isolate,
+        seed: int,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.store, self.seq_len, self.isolate, self.seed = store, seq_len, isolate, seed
+        self._names = list(weights) if weights else [EVERYTHING]
+        self._streams = [store.source(name) for name in weights] if weights else [store]
+        self._mixture = mixture(self._names, list(weights.values()) if weights else [1.0])
+        self._windows = [(stream.num_tokens - 1) // seq_len for stream in self._streams]
+        for name, stream, windows in zip(self._names, self._streams, self._windows, strict=True):
+            if windows < 1:
+                what = "holds" if name == EVERYTHING else f"source {name}: holds"
+                raise DataError(
+                    f"{store.path}: {what} {stream.num_tokens:,} tokens, but one window of data.seq_len {seq_len:,} "
+                    f"needs {seq_len + 1:,}; give more text or a smaller seq_len"
+                )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch: the windows of all its sources together."""
+        return sum(self._windows)
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Return samples [first_sample, first_sample + count) of the run: (count, seq_len)."""
+        if first_sample < 0 or count < 1:
+            raise ValueError(f"samples [{first_sample}, +{count}): expected 0 or more, and at least one sample")
+        return _stack(
+            [
+                _window(self._streams[source], window * self.seq_len, self.seq_len, self.isolate)
+                for source, window in self.locate(first_sample, count)
+            ]
+        )
+
+    def locate(self, first_sample: int, count: int) -> list[tuple[int, int]]:
+        """Return (source, window) of each sample: which stream it comes from and which of its windows it is."""
+        source, number = self._mixture.locate(np.arange(first_sample, first_sample + count, dtype=np.int64))
+        window = np.empty_like(number)
+        for i, (name, windows) in enumerate(zip(self._names, self._windows, strict=True)):
+            epoch, place = np.divmod(number, windows)
+            for turn in np.unique(epoch[source == i]):
+                rows = (source == i) & (epoch == turn)
+                window[rows] = permute(place[rows], windows, self.seed, name, int(turn))
+        return list(zip(source.tolist(), window.tolist(), strict=True))
+
+    def state(self, samples_consumed: int) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the data: JSON, free of world size, paths and batch size."""
+        return {
+            "version": ORDER_VERSION,
+            "fingerprint": self.store.fingerprint,
+            "tokenizer": str(self.store.manifest.get("tokenizer", {}).get("sha256")),
+            "seq_len": self.seq_len,
+            "isolate": self.isolate,
+            "seed": self.seed,
+            "mixture": dict(zip(self._names, self._mixture.slots, strict=True)),
+            "samples_consumed": samples_consumed,
+        }
+
+    def check(self, state: Mapping[str, Any]) -> int:
+        """Return the samples consumed by a run that is to go on. Raises: DataError naming everything that differs."""
+        consumed = state.get("samples_consumed")
+        if type(consumed) is not int or consumed < 0:
+            raise DataError(f"data state: samples_consumed is {consumed!r}, expected a number of samples")
+        mine = self.state(consumed)
+        differing = [
+            f"{key} was {state.get(key)!r} and is now {mine.get(key)!r}"
+            for key in sorted(mine.keys() | state.keys())
+            if state.get(key) != mine.get(key)
+        ]
+        if differing:
+            raise DataError(
+                f"the run cannot go on with other data: {'; '.join(differing)}",
+                hint="start a new run, or give back the data and settings it began with",
+            )
+        return consumed
+
+    def ledgers(self) -> list[WindowLedger]:
+        """Return the window ledger of each stream."""
+        found = []
+        for name, stream, windows in zip(self._names, self._streams, self._windows, strict=True):
+            labels = windows * self.seq_len
+            first = len(stream.starts(1, labels + 1)) if self.isolate == "doc" else 0
+            shown = "train" if name == EVERYTHING else name
+            found.append(
+                WindowLedger(shown, stream.num_tokens, windows, self.seq_len, stream.num_tokens - labels - 1, first)
+            )
+        return found
+
+    def ledger_lines(self) -> list[str]:
+        """Return the window ledgers as training prints them. Raises: CheckFailed if one does not add up."""
+        return [line for ledger in self.ledgers() for line in ledger.lines()]
+
+
+def validation_batches(
+    store: Store, seq_len: int, isolate: Isolate, batch_rows: int, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Yield the store's tokens in order, always the same ones: full windows, then the rest as one shorter row.
+
+    max_tokens: the number of targets at most; None takes all. Raises: DataError if the store has no target at all.
+    """
+    targets = store.num_tokens - 1 if max_tokens is None else min(store.num_tokens - 1, max_tokens)
+    if targets < 1:
+        raise DataError(
+            f"{store.path}: holds {store.num_tokens:,} tokens, too few to validate on; "
+            "raise data.valid.fraction or give data.valid.path"
+        )
+    windows, rest = divmod(targets, seq_len)
+    for first in range(0, windows, batch_rows):
+        rows = range(first, min(windows, first + batch_rows))
+        yield _stack([_window(store, row * seq_len, seq_len, isolate) for row in rows])
+    if rest:
+        yield _stack([_window(store, windows * seq_len, rest, isolate)])
+
+
+def token_bytes_table(tokenizer: Tokenizer) -> Int64s:
+    """Return (vocab_size,) how many bytes of text each id stands for; 0 for special ids."""
+    return np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], dtype=np.int64)

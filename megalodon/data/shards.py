@@ -1,0 +1,361 @@
+"""Flat token shards with a hashed manifest: write, open, verify.
+
+    DIR/manifest.json    canonical JSON (sorted keys, no spaces, dates or paths); its sha256 is the fingerprint
+    DIR/00000.bin        tokens, little-endian, no header: uint16 if vocab_size <= 65,536, else uint32
+    DIR/00000.idx        .npy int64[documents + 1]: document starts; first 0, strictly increasing, last = token count
+
+A shard holds documents of one source. A directory takes its name only when it is complete.
+Not here: from a recipe to a store (megalodon/data/prepare.py), windows and batches (megalodon/data/loader.py).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalodon.errors import CheckFailed, DataError
+
+FORMAT, VERSION = "megalodon-tokens", 1
+MANIFEST = "manifest.json"
+SHARD_TOKENS = 1 << 27
+"""A shard is closed at the end of the document that reaches this many tokens."""
+
+Int64s = NDArray[np.int64]
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one JSON text of a value: UTF-8, sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the type tokens are stored in: little-endian uint16 up to 65,536 ids, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class TokenDocument(NamedTuple):
+    """One document as ids, BOS and EOS included, with the name of its source and the bytes of its text."""
+
+    source: str
+    ids: Int64s
+    text_bytes: int
+
+
+class ShardWriter:
+    """Writes documents into the shards of one part, one at a time, in bounded memory."""
+
+    def __init__(self, directory: Path, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.directory, self.vocab_size, self.shard_tokens = directory, vocab_size, shard_tokens
+        self.dtype = token_dtype(vocab_size)
+        self.tokens = self.documents = self.text_bytes = 0
+        self._shards: list[dict[str, Any]] = []
+        self._stream: Any = None
+        self._source = ""
+        self._starts: list[int] = []
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, document: TokenDocument) -> None:
+        """Append one document. Raises: DataError for an id outside the vocabulary, before anything is cast."""
+        low, high = int(document.ids.min(initial=0)), int(document.ids.max(initial=-1))
+        if not len(document.ids) or low < 0 or high >= self.vocab_size:
+            raise DataError(
+                f"source {document.source}: token ids {low:,} to {high:,} of a document do not fit a vocabulary of "
+                f"{self.vocab_size:,}; expected one or more ids in 0 to {self.vocab_size - 1:,}"
+            )
+        if self._stream is not None and (self._source != document.source or self._starts[-1] >= self.shard_tokens):
+            self._close_shard()
+        if self._stream is None:
+            self._source, self._starts, self._max_id, self._text_bytes = document.source, [0], 0, 0
+            self._hash, self._name = hashlib.sha256(), f"{len(self._shards):05d}"
+            self._stream = (self.directory / f"{self._name}.bin").open("wb")
+        raw = document.ids.astype(self.dtype).tobytes()
+        self._stream.write(raw)
+        self._hash.update(raw)
+        self._starts.append(self._starts[-1] + len(document.ids))
+        self._max_id = max(self._max_id, high)
+        self._text_bytes += document.text_bytes
+        self.tokens += len(document.ids)
+        self.documents += 1
+        self.text_bytes += document.text_bytes
+
+    def _close_shard(self) -> None:
+        size = self._stream.tell()
+        _sync(self._stream)
+        self._stream.close()
+        self._stream = None
+        index = self.directory / f"{self._name}.idx"
+        with index.open("wb") as stream:
+            np.save(stream, np.array(self._starts, dtype="<i8"))
+            _sync(stream)
+        files = [
+            {"name": f"{self._name}.bin", "bytes": size, "sha256": self._hash.hexdigest()},
+            {"name": index.name, "bytes": index.stat().st_size, "sha256": file_sha256(index)},
+        ]
+        self._shards.append(
+            {
+                "name": self._name,
+                "source": self._source,
+                "tokens": self._starts[-1],
+                "documents": len(self._starts) - 1,
+                "text_bytes": self._text_bytes,
+                "max_id": self._max_id,
+                "files": files,
+            }
+        )
+
+    def close(self) -> None:
+        """Close the open shard, if any; safe to call after an error."""
+        if self._stream is not None:
+            self._close_shard()
+
+    def finish(self, about: Mapping[str, Any]) -> str:
+        """Write the manifest, last; returns the fingerprint. about: what else it records (tokenizer, sources …)."""
+        self.close()
+        manifest = canonical(
+            {
+                **about,
+                "format": FORMAT,
+                "version": VERSION,
+                "dtype": self.dtype.name,
+                "vocab_size": self.vocab_size,
+                "tokens": self.tokens,
+                "documents": self.documents,
+                "text_bytes": self.text_bytes,
+                "shards": self._shards,
+            }
+        )
+        with (self.directory / MANIFEST).open("wb") as stream:
+            stream.write(manifest)
+            _sync(stream)
+        return hashlib.sha256(manifest).hexdigest()
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def written_aside(directory: Path) -> Iterator[Path]:
+    """Give a directory to write into, which takes its name at the end of the block and vanishes on any error.
+
+    Raises: DataError if `directory` already holds something, or if a file stands where a directory must be made.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise DataError(f"{directory} already exists and is not a token store; choose another directory or remove it")
+    aside = directory.parent / f".tmp-{os.getpid()}-{directory.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"{directory}: {directory.parent} is not a directory; choose another place") from None
+    try:
+        yield aside
+        os.replace(aside, directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_store(
+    directory: Path,
+    documents: Iterable[TokenDocument],
+    vocab_size: int,
+    about: Mapping[str, Any] | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> "Store":
+    """Write documents as one part and open it; the directory appears only when it is complete. Raises: DataError."""
+    with written_aside(directory) as aside:
+        writer = ShardWriter(aside, vocab_size, shard_tokens)
+        try:
+            for document in documents:
+                writer.add(document)
+        finally:
+            writer.close()
+        writer.finish(about or {})
+    return open_store(directory)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class Shard(NamedTuple):
+    """One open shard, mapped from disk."""
+
+    entry: Mapping[str, Any]
+    """What the manifest says of it."""
+    tokens: NDArray[Any]
+    bounds: Int64s
+    """Where each document begins, and at last where the last one ends."""
+
+
+class Store:
+    """Tokens of one part (training or validation) as one stream over its shards, mapped from disk."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], fingerprint: str, shards: tuple[Shard, ...]) -> None:
+        self.path, self.manifest, self.fingerprint, self._shards = path, manifest, fingerprint, shards
+        self.vocab_size = int(manifest["vocab_size"])
+        self._bases = np.cumsum([0, *(len(shard.tokens) for shard in shards)], dtype=np.int64)
+        self.num_tokens = int(self._bases[-1])
+        self.num_documents = sum(int(shard.entry["documents"]) for shard in shards)
+        self.text_bytes = sum(int(shard.entry["text_bytes"]) for shard in shards)
+        self.max_id = max((int(shard.entry["max_id"]) for shard in shards), default=-1)
+        self.sources = tuple(dict.fromkeys(str(shard.entry["source"]) for shard in shards))
+
+    def source(self, name: str) -> "Store":
+        """Return the tokens of one source alone. Raises: DataError if the store has no such source."""
+        shards = tuple(shard for shard in self._shards if shard.entry["source"] == name)
+        if not shards:
+            raise DataError(f"{self.path}: has no tokens of source `{name}`; its sources: {', '.join(self.sources)}")
+        return Store(self.path, self.manifest, self.fingerprint, shards)
+
+    def tokens(self, start: int, stop: int) -> Int64s:
+        """Return the tokens [start, stop) of the stream as a fresh int64 array. Raises: ValueError out of range."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"tokens [{start:,}, {stop:,}) lie outside a store of {self.num_tokens:,}")
+        out = np.empty(stop - start, dtype=np.int64)
+        for number, low, high in self._spans(start, stop):
+            base = int(self._bases[number])
+            out[low - start : high - start] = self._shards[number].tokens[low - base : high - base]
+        return out
+
+    def starts(self, start: int = 0, stop: int | None = None) -> Int64s:
+        """Return where documents begin in [start, stop), as positions in the stream."""
+        found = [np.empty(0, dtype=np.int64)]
+        for number, low, high in self._spans(start, self.num_tokens if stop is None else stop):
+            base, begins = int(self._bases[number]), self._shards[number].bounds[:-1]
+            first, last = np.searchsorted(begins, [low - base, high - base])
+            found.append(np.asarray(begins[first:last]) + base)
+        return np.concatenate(found)
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (shard, low, high): the parts of [start, stop) that lie in each shard."""
+        number = int(np.searchsorted(self._bases, start, side="right")) - 1
+        while start < stop and number < len(self._shards):
+            high = min(stop, int(self._bases[number + 1]))
+            yield number, start, high
+            start, number = high, number + 1
+
+    def lengths(self) -> Int64s:
+        """Return the tokens of each document."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *(np.diff(shard.bounds) for shard in self._shards)])
+
+    def verify(self) -> None:
+        """Hash every file and scan every id. Raises: CheckFailed naming shard, file and both values."""
+        for shard in self._shards:
+            for file in shard.entry["files"]:
+                path = self.path / file["name"]
+                if (got := file_sha256(path)) != file["sha256"]:
+                    raise CheckFailed(
+                        f"{path}: shard {shard.entry['name']}: sha256 is {got[:16]}, the manifest says "
+                        f"{file['sha256'][:16]}; the file was changed, tokenize again"
+                    )
+            blocks = range(0, len(shard.tokens), 1 << 24)
+            got_max = max(int(shard.tokens[start : start + (1 << 24)].max()) for start in blocks)
+            if got_max != shard.entry["max_id"]:
+                raise CheckFailed(
+                    f"{self.path}: shard {shard.entry['name']}: the largest id is {got_max:,}, the manifest says "
+                    f"{shard.entry['max_id']:,}"
+                )
+
+
+def open_store(path: Path, vocab_size: int | None = None) -> Store:
+    """Open one part and check sizes, index order and end, and ids; hashes are left to `Store.verify`.
+
+    vocab_size: the model's; every id must be below it. Raises: DataError naming shard, file and both values.
+    """
+    try:
+        raw = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: not a token store ({MANIFEST}: {(error.strerror or str(error)).lower()})") from None
+    manifest = _checked_manifest(path / MANIFEST, raw)
+    shards = tuple(_open_shard(path, manifest, entry) for entry in manifest["shards"])
+    store = Store(path, manifest, hashlib.sha256(raw).hexdigest(), shards)
+    for key, got in (("tokens", store.num_tokens), ("documents", store.num_documents)):
+        if got != manifest[key]:
+            raise DataError(f"{path / MANIFEST}: {key} is {manifest[key]:,}, but its shards sum to {got:,}")
+    if vocab_size is not None and store.max_id >= vocab_size:
+        raise DataError(f"{path}: holds token id {store.max_id:,}, but the model's vocabulary has {vocab_size:,} ids")
+    return store
+
+
+_SHARD_KEYS = {"name": str, "source": str, "tokens": int, "documents": int, "text_bytes": int, "max_id": int}
+
+
+def _checked_manifest(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); tokenize again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path}: expected format `{FORMAT}`; this is not a token store")
+    if manifest.get("version") != VERSION:
+        raise DataError(f"{path}: version is {manifest.get('version')}, this program reads {VERSION}; tokenize again")
+    numbers = all(type(manifest.get(key)) is int for key in ("vocab_size", "tokens", "documents", "text_bytes"))
+    shards = manifest.get("shards")
+    if not numbers or not isinstance(shards, list) or not all(_shard_entry(entry) for entry in shards):
+        raise DataError(f"{path}: vocab_size, counts or shards are missing or malformed; tokenize again")
+    if manifest.get("dtype") != (expected := token_dtype(manifest["vocab_size"]).name):
+        raise DataError(
+            f"{path}: dtype is {manifest.get('dtype')}, expected {expected} for its vocab_size; tokenize again"
+        )
+    return manifest
+
+
+def _shard_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in _SHARD_KEYS.items()):
+        return False
+    files = entry.get("files")
+    names = [f"{entry['name']}.bin", f"{entry['name']}.idx"]
+    return (
+        re.fullmatch(r"[0-9]{5,}", entry["name"]) is not None
+        and isinstance(files, list)
+        and all(isinstance(file, dict) and type(file.get("bytes")) is int for file in files)
+        and [(file.get("name"), type(file.get("sha256"))) for file in files] == [(name, str) for name in names]
+    )
+
+
+def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> Shard:
+    def bad(file: str, what: str, got: object, expected: object) -> DataError:
+        return DataError(f"{path / file}: shard {entry['name']}: {what} is {got}, expected {expected}; tokenize again")
+
+    for file in entry["files"]:
+        if not (path / file["name"]).is_file():
+            raise DataError(f"{path / file['name']}: shard {entry['name']}: the file is missing; tokenize again")
+        if (size := (path / file["name"]).stat().st_size) != file["bytes"]:
+            raise bad(file["name"], "the size", f"{size:,} bytes", f"{file['bytes']:,} by the manifest")
+    dtype = token_dtype(manifest["vocab_size"])
+    binary, index_name = (file["name"] for file in entry["files"])
+    if entry["files"][0]["bytes"] != entry["tokens"] * dtype.itemsize or not entry["tokens"]:
+        raise bad(
+            binary, "the size", f"{entry['files'][0]['bytes']:,} bytes", f"{entry['tokens']:,} {dtype.name} tokens"
+        )
+    try:
+        index = np.load(path / index_name, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path / index_name}: shard {entry['name']}: not a .npy file ({error})") from None
+    if index.dtype != np.dtype("<i8") or index.shape != (entry["documents"] + 1,):
+        raise bad(index_name, "the index", f"{index.dtype}{index.shape}", f"int64({entry['documents'] + 1},)")
+    if index[0] != 0 or index[-1] != entry["tokens"]:
+        raise bad(index_name, "first and last start", f"{index[0]}, {index[-1]}", f"0, {entry['tokens']}")
+    if not (np.diff(index) > 0).all():
+        raise bad(index_name, "the order of document starts", "not increasing", "strictly increasing")
+    if not 0 <= entry["max_id"] < manifest["vocab_size"]:
+        raise bad(binary, "max_id", f"{entry['max_id']:,}", f"below vocab_size {manifest['vocab_size']:,}")
+    return Shard(entry, np.memmap(path / binary, dtype=dtype, mode="r"), index)

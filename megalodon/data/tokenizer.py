@@ -1,0 +1,320 @@
+"""Text <-> token ids: SentencePiece and plain bytes behind one interface, both without loss.
+
+`decode(encode(text)) == text` for every text: newlines, tabs, runs of spaces, emoji, control characters. Ids stand for
+bytes (`token_bytes`), so that a stream of ids can be cut anywhere and bits per byte can be counted exactly.
+Not here: BOS and EOS around a document (megalodon/data/shards.py), whole characters from a stream of ids
+(megalodon/inference/stream.py), chat markers (their ids are kept free here: `reserve`).
+"""
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+
+from megalodon.config import Bytes, Config, Count
+from megalodon.errors import DataError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+BYTES_FILE = "byte_tokenizer.json"
+SPACE = "\u2581"
+"""SentencePiece writes a space as this character; where it stands in the text itself it is spelled in bytes."""
+_BLOCK = 1 << 16
+"""Characters encoded in one call; a block ends at a newline, which no piece crosses."""
+_SENTENCE = 4096
+"""Characters of one training sentence; longer lines are cut, since the trainer would drop them without a word."""
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+"""ModelProto{normalizer_spec{add_dummy_prefix: false}}: appended to a serialized model it overrides this one value."""
+_PROBE = "a  b\t\n\u00c0\u2460\ufb01\U0001f642\r x  "
+
+
+class TokenizerConfig(Config):
+    """How text becomes token ids."""
+
+    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
+    """`sentencepiece`, or `bytes`: one id for each byte of UTF-8."""
+    path: str | None = None
+    """A SentencePiece FILE.model; null trains one on `data.sources`."""
+    vocab_size: Annotated[Count, Field(gt=0)] = 32000
+    """Ids of a tokenizer that is trained, special and reserved ones included."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """The SentencePiece algorithm of a tokenizer that is trained."""
+    sample: Annotated[Bytes, Field(gt=0)] = 100_000_000
+    """Bytes of text it is trained on, drawn evenly from the sources."""
+    reserve: Annotated[int, Field(ge=0, le=1024)] = 16
+    """Ids kept for chat markers, counted inside `vocab_size`."""
+    pad_to: Annotated[int, Field(ge=1)] = 64
+    """Embedding rows are rounded up to a multiple of this."""
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers; `vocab_size` counts real ids, without padded embedding rows."""
+
+    kind: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    special_ids: frozenset[int]
+    sha256: str
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without BOS and EOS. Raises: DataError for text that UTF-8 cannot hold."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; special ids are silent, bytes that are not UTF-8 become U+FFFD. Raises: DataError."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes one id stands for; empty for special ids. Raises: DataError for an id out of range."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files into an existing directory."""
+        ...
+
+
+class _Base:
+    """What both tokenizers share: a table of the bytes of each id."""
+
+    kind: str
+    _table: list[bytes]
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes one id stands for; empty for special ids. Raises: DataError for an id out of range."""
+        if not 0 <= token < len(self._table):
+            raise DataError(f"token id {token} is not in the tokenizer: expected 0 to {len(self._table) - 1:,}")
+        return self._table[token]
+
+    def _decode(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.token_bytes(token) for token in ids)
+
+
+class ByteTokenizer(_Base):
+    """One id for each byte of UTF-8: 0 unknown, 1 BOS, 2 EOS, 3 padding, the reserved ids, then the 256 bytes."""
+
+    kind = "bytes"
+    bos_id, eos_id = 1, 2
+
+    def __init__(self, reserve: int = 16) -> None:
+        self.reserve = reserve
+        self._first = 4 + reserve
+        self._table = [b""] * self._first + [bytes([value]) for value in range(256)]
+        self.vocab_size = len(self._table)
+        self.special_ids = frozenset(range(self._first))
+        self._definition = json.dumps({"kind": "bytes", "reserve": reserve, "version": 1}, sort_keys=True) + "\n"
+        self.sha256 = hashlib.sha256(self._definition.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without BOS and EOS. Raises: DataError for text that UTF-8 cannot hold."""
+        return [self._first + value for value in _utf8(text)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; special ids are silent, bytes that are not UTF-8 become U+FFFD. Raises: DataError."""
+        return self._decode(ids).decode("utf-8", errors="replace")
+
+    def save(self, directory: Path) -> None:
+        """Write `byte_tokenizer.json` into an existing directory."""
+        (directory / BYTES_FILE).write_text(self._definition, encoding="utf-8", newline="\n")
+
+
+class SentencePieceTokenizer(_Base):
+    """A SentencePiece model that keeps every text intact.
+
+    Raises: DataError if the bytes are no such model, or if the model changes text (normalisation, no byte fallback).
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, name: str = "the model") -> None:
+        self._model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        original = _processor(model, name)
+        # Not by comparing with "a": a small vocabulary may lack that letter and spell it in bytes.
+        self._dummy_prefix = "".join(original.encode("a", out_type=str)).startswith(SPACE)
+        self._processor = _processor(model + _NO_DUMMY_PREFIX, name)
+        self.vocab_size = int(self._processor.get_piece_size())
+        self.bos_id, self.eos_id = int(self._processor.bos_id()), int(self._processor.eos_id())
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise DataError(f"{name}: has no <s> or </s> piece; expected a model with BOS and EOS ids")
+        pieces = [str(self._processor.id_to_piece(token)) for token in range(self.vocab_size)]
+        silent = [self._processor.is_control(t) or self._processor.is_unknown(t) for t in range(self.vocab_size)]
+        self.special_ids = frozenset(token for token, special in enumerate(silent) if special)
+        self._bytes_ids: dict[int, int] = {}
+        self._table = []
+        for token, piece in enumerate(pieces):
+            if silent[token]:
+                self._table.append(b"")
+            elif self._processor.is_byte(token):
+                self._bytes_ids[int(piece[3:5], 16)] = token
+                self._table.append(bytes([int(piece[3:5], 16)]))
+            else:
+                self._table.append(piece.replace(SPACE, " ").encode())
+        self._whole = any("\n" in piece and len(piece) > 1 for piece in pieces)
+        if len(self._bytes_ids) < 256:
+            raise DataError(
+                f"{name}: has no byte fallback, so it cannot write every text; train with byte_fallback=true"
+            )
+        if (got := self.decode(self.encode(_PROBE))) != _PROBE:
+            raise DataError(f"{name}: changes text ({_PROBE!r} becomes {got!r}); expected identity normalisation")
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without BOS and EOS. Raises: DataError for text that UTF-8 cannot hold."""
+        _utf8(text)
+        if self._dummy_prefix and text:
+            text = " " + text
+        ids: list[int] = []
+        for number, part in enumerate(text.split(SPACE)):
+            if number:
+                ids += [self._bytes_ids[value] for value in SPACE.encode()]
+            for block in [part] if self._whole else _blocks(part):
+                ids += self._processor.encode(block)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; special ids are silent, bytes that are not UTF-8 become U+FFFD. Raises: DataError."""
+        raw = self._decode(ids)
+        if self._dummy_prefix:
+            raw = raw.removeprefix(b" ")
+        return raw.decode("utf-8", errors="replace")
+
+    def save(self, directory: Path) -> None:
+        """Write `tokenizer.model` into an existing directory."""
+        (directory / SENTENCEPIECE_FILE).write_bytes(self._model)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text holds half a surrogate pair (U+{ord(text[error.start]):04X} at character {error.start:,}), "
+            "which UTF-8 cannot hold; remove it"
+        ) from None
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """Cut text after newlines into blocks of at least `_BLOCK` characters: no piece crosses a newline."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + _BLOCK) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _processor(model: bytes, name: str) -> Any:
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
+    except RuntimeError:
+        processor = None
+    if processor is None:
+        raise DataError(f"{name}: is not a SentencePiece model ({len(model):,} bytes); give a FILE.model or train one")
+    return processor
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a directory written by `save`, or a SentencePiece FILE.model. Raises: DataError."""
+    if path.is_dir():
+        found = [path / name for name in (SENTENCEPIECE_FILE, BYTES_FILE) if (path / name).is_file()]
+        if len(found) != 1:
+            count = "holds both" if found else "holds neither"
+            raise DataError(f"{path}: {count} {SENTENCEPIECE_FILE} and {BYTES_FILE}; expected exactly one tokenizer")
+        path = found[0]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {(error.strerror or str(error)).lower()}; expected a tokenizer file") from None
+    return _byte_tokenizer(path, content) if path.name == BYTES_FILE else SentencePieceTokenizer(content, str(path))
+
+
+def _byte_tokenizer(path: Path, content: bytes) -> ByteTokenizer:
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); write the tokenizer again") from None
+    reserve = values.get("reserve") if isinstance(values, dict) else None
+    if not isinstance(reserve, int) or values != {"kind": "bytes", "reserve": reserve, "version": 1} or reserve < 0:
+        raise DataError(f'{path}: expected {{"kind": "bytes", "reserve": N, "version": 1}}, got {str(values)[:80]}')
+    return ByteTokenizer(reserve)
+
+
+def check_path(config: TokenizerConfig) -> Path | None:
+    """Return the file of `tokenizer.path`. Raises: DataError for a Hub name, a missing file, or a path with bytes."""
+    if config.path is None:
+        return None
+    if config.kind == "bytes":
+        raise DataError(f"tokenizer.path is {config.path}, but kind `bytes` has no file; remove one of the two")
+    if config.path.startswith("hf:"):
+        raise DataError(
+            f"tokenizer.path {config.path}: tokenizers are not fetched from the Hub; "
+            "download its tokenizer.model and give the file"
+        )
+    if not (path := Path(config.path)).is_file():
+        raise DataError(f"tokenizer.path {config.path}: no such file; expected a SentencePiece FILE.model")
+    return path
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, reserve: int = 16, model_type: str = "bpe"
+) -> SentencePieceTokenizer:
+    """Train a lossless SentencePiece model; the same texts give the same bytes.
+
+    Ids: 0 unknown, 1 BOS, 2 EOS, then `reserve` chat markers, 256 bytes, learned pieces; `vocab_size` counts them all.
+    Raises: DataError if the texts are empty, too few for `vocab_size`, or hold more characters than it has room for.
+    """
+    import sentencepiece
+
+    fixed = 3 + reserve + 256
+    if vocab_size <= fixed:
+        raise DataError(
+            f"tokenizer.vocab_size {vocab_size:,} leaves no room for learned pieces: "
+            f"3 special + {reserve} reserved + 256 bytes = {fixed}; give at least {fixed + 128}"
+        )
+    sentences = _sentences(texts)
+    first = next(sentences, None)
+    if first is None:
+        raise DataError("no text to train a tokenizer on: the sources are empty")
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain([first], sentences),
+            model_writer=written,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            control_symbols=[f"<|reserved_{number}|>" for number in range(reserve)],
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            max_sentence_length=4 * _SENTENCE,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rpartition("] ")[2]
+        raise DataError(
+            f"tokenizer.vocab_size {vocab_size:,} does not fit the text: {reason or error}; "
+            "change vocab_size or give more text"
+        ) from None
+    return SentencePieceTokenizer(written.getvalue())
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), _SENTENCE):
+                # The trainer knows no U+0000 and takes U+2581 for a space: neither may shape a piece.
+                yield line[start : start + _SENTENCE].replace("\0", "").replace(SPACE, "")
