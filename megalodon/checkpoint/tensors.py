@@ -1,0 +1,128 @@
+"""Model directories: a model with its tokenizer, as files that are verified before anything is built from them.
+
+    config.json         {"model_type": "megalodon", …the fields of ModelConfig}
+    model.safetensors   float32, under the names of the state dict; a tied output matrix stands in it twice
+    megalodon.json      format, weights_sha256, tokenizer_sha256, recipe digest, scores; size and hash of every file
+    tokenizer files     as the tokenizer writes them
+
+Code in a model directory is never run, nothing is unpickled. Not here: checkpoints of a run (store.py).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megalodon.checkpoint.store import check_files, check_space, describe_file, read_json, staged, write_json
+from megalodon.errors import CheckpointError, EnvironmentFault
+from megalodon.model.megalodon import Megalodon, ModelConfig
+from megalodon.model.weights import assign_weights
+
+FORMAT = "megalodon/model/1"
+WEIGHTS = "model.safetensors"
+
+
+def save_model(
+    model: Megalodon, directory: Path, tokenizer_save: Callable[[Path], None] | None, meta: Mapping[str, Any]
+) -> None:
+    """Write a model directory aside and rename it; one that stands there already gives way when the new one is whole.
+
+    Args:
+        model:          parameters are written as float32.
+        directory:      the model directory.
+        tokenizer_save: writes the tokenizer's files into a directory; None for a model without a tokenizer.
+        meta:           what megalodon.json records besides format and hashes: tokenizer_sha256, recipe, scores.
+    Raises:
+        EnvironmentFault: too little disk space, or a file could not be written; nothing is left behind.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        value = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
+        shared = any(value.data_ptr() == other.data_ptr() for other in tensors.values())
+        tensors[name] = value.clone() if shared else value
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        check_space(directory.parent, sum(tensor.nbytes for tensor in tensors.values()))
+        with staged(directory, replace=True) as aside:
+            if tokenizer_save:
+                tokenizer_save(aside)
+            write_json(aside / "config.json", {"model_type": "megalodon", **model.config.model_dump(mode="json")})
+            save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+            files = {path.name: describe_file(path) for path in sorted(aside.iterdir())}
+            about = {"format": FORMAT, **meta, "weights_sha256": files[WEIGHTS]["sha256"], "files": files}
+            write_json(aside / "megalodon.json", about)
+    except (OSError, SafetensorError) as error:
+        raise EnvironmentFault(f"{directory} could not be written: {error}") from error
+
+
+def read_model_info(path: str | Path) -> dict[str, Any]:
+    """Return megalodon.json of a model directory: format, hashes, recipe digest, scores.
+
+    Raises:
+        CheckpointError: there is no model directory, or it is of another format.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        kind = "is a file" if directory.exists() else "does not exist"
+        raise CheckpointError(f"{directory} {kind}; expected a model directory with config.json and {WEIGHTS}")
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} is not a model directory: config.json is missing")
+    info = read_json(directory / "megalodon.json")
+    if info.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{directory / 'megalodon.json'} has format {info.get('format')!r}; expected {FORMAT!r}: "
+            "the model was written by another version of megalodon"
+        )
+    return info
+
+
+def load_model(path: str | Path) -> Megalodon:
+    """Build the model of a model directory, in float32 on the CPU, after verifying every file.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed (weights or tokenizer), a configuration key is unknown,
+            or a tensor is missing, unexpected or of another shape; the message names it, what came and what was
+            expected.
+    """
+    directory = Path(path)
+    info = read_model_info(directory)
+    files = info.get("files")
+    if not isinstance(files, dict) or WEIGHTS not in files:
+        raise CheckpointError(f"{directory / 'megalodon.json'} does not list {WEIGHTS}; save the model again")
+    config = read_config(directory)
+    with torch.device("meta"):
+        model = Megalodon(config)
+    try:
+        tensors = load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        check_files(directory, files)  # says more than the library does: which file, which size
+        raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+    assign_weights(model, tensors, str(directory / WEIGHTS))  # first: it names tensors, where a hash only differs
+    check_files(directory, files)
+    return model
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """Read config.json of a model directory.
+
+    Raises:
+        CheckpointError: it is missing, of another model type, or has an unknown key or an impossible value.
+    """
+    path = directory / "config.json"
+    fields = read_json(path)
+    if (kind := fields.pop("model_type", None)) != "megalodon":
+        raise CheckpointError(f'{path} has model_type {json.dumps(kind)}; expected "megalodon"')
+    if unknown := sorted(fields.keys() - ModelConfig.model_fields.keys()):
+        known = ", ".join(ModelConfig.model_fields)
+        raise CheckpointError(f"{path} has unknown keys: {', '.join(unknown)}; known are {known}")
+    try:
+        return ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
+        raise CheckpointError(f"{path}: {faults}") from None

@@ -1,0 +1,594 @@
+"""The training step on one screen, and the loop around it: evaluate, save, resume, stop.
+
+    plan = make_plan(train, optim, checkpoint, log, parallel, seq_len=…, windows=…, device="auto")
+    result = train(model_config, loader, plan, run=…, evaluate=Task(…), sample=Task(…), report=…, stop=…)
+
+A step is a pure function of the parameters, the moments and its own number: the number gives the samples, the learning
+rate and the seed of dropout. What a checkpoint holds is therefore enough to continue bit by bit.
+Not here: data order (data/loader.py), the files of a checkpoint (checkpoint/store.py), anything that prints.
+"""
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from megalodon.checkpoint.store import (
+    CheckpointConfig,
+    Saved,
+    clean_leftovers,
+    load_tensors,
+    newest_good_step,
+    retain,
+    save_step,
+)
+from megalodon.config import Amount, Config, Count, show
+from megalodon.data.loader import IGNORED, Batch, Loader
+from megalodon.errors import CheckpointError, EnvironmentFault, InputError, OutOfMemory, RecipeError
+from megalodon.model.loss import cross_entropy
+from megalodon.model.megalodon import Megalodon, ModelConfig
+from megalodon.training.guard import StepGuard
+from megalodon.training.metrics import LogConfig, MetricsLog, flops_per_token, peak_memory
+from megalodon.training.optim import OptimConfig, build_optimizer, clip, gradient_norm
+from megalodon.training.schedule import horizon_steps, learning_rate
+
+MICRO_TOKENS = {"cpu": 8_192, "cuda": 16_384}
+"""Tokens of a forward pass with `micro_batch: auto`."""
+
+
+class GuardConfig(Config):
+    """What happens to a step that looks wrong (the `train.guard:` section of a recipe)."""
+
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """A loss or gradient that is not finite: skip the update (three in a row stop the run) or stop at once."""
+    spike: Literal["log", "skip", "rollback"] = "log"
+    """A loss or gradient norm far above the recent ones."""
+    max_rollbacks: int = Field(default=0, ge=0)
+    """Returns to an earlier checkpoint before the run gives up."""
+
+
+class SeqLenWarmupConfig(Config):
+    """Shorter windows at first (the `train.seq_len_warmup:` section of a recipe)."""
+
+    start: Count = Field(ge=1)
+    """Tokens of the first windows."""
+    over: Amount
+    """How long the windows grow: part of the horizon, or `500 steps`."""
+
+
+class TrainConfig(Config):
+    """Length, batch and arithmetic of training (the `train:` section of a recipe)."""
+
+    max_tokens: Count | None = Field(default=None, ge=1)
+    """Horizon in tokens; give one of max_tokens, max_steps, max_epochs. Sets the length of the schedule too."""
+    max_steps: Count | None = Field(default=None, ge=1)
+    """Horizon in optimizer steps."""
+    max_epochs: float | None = Field(default=None, gt=0)
+    """Horizon in passes over the training windows."""
+    batch_tokens: Count = Field(default=524_288, ge=1)
+    """Tokens of an optimizer step over all devices; accumulation follows."""
+    micro_batch: Literal["auto"] | int = "auto"
+    """Sequences in one forward pass; auto: as many as 8,192 tokens hold on a CPU, 65,536 on a GPU."""
+    precision: Literal["auto", "bf16-mixed", "bf16", "fp32"] = "auto"
+    """Arithmetic: auto is bf16-mixed on a GPU and fp32 on a CPU."""
+    backend: Literal["auto", "triton", "portable", "reference"] = "auto"
+    """Implementation of the ops."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile; auto: off."""
+    recompute: Literal["none", "attention", "block"] = "none"
+    """Activations computed again in the backward pass instead of kept."""
+    seq_len_warmup: SeqLenWarmupConfig | None = None
+    """Shorter windows at first; null = none."""
+    loss_chunk: Count = Field(default=2048, ge=1)
+    """Tokens per slice of the loss; the logits of a whole sequence never exist."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of weights, data order and dropout."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ between two runs."""
+    guard: GuardConfig = GuardConfig()
+    """What happens to a step that looks wrong."""
+
+
+class ParallelConfig(Config):
+    """How a run is laid out over devices (the `parallel:` section of a recipe)."""
+
+    dp_replicate: int = Field(default=1, ge=1)
+    """Whole copies of the model."""
+    dp_shard: Literal["all"] | int = "all"
+    """Devices that share one copy; all = those the other three leave."""
+    cp: int = Field(default=1, ge=1)
+    """Devices that share one sequence (chunk parallelism)."""
+    tp: int = Field(default=1, ge=1)
+    """Devices that share one layer."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, worked out and checked before anything starts."""
+
+    config: TrainConfig
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    horizon: int
+    """Optimizer steps."""
+    seq_len: int
+    rows: int
+    """Windows of a step."""
+    micro_rows: int
+    """Windows of a forward pass; divides `rows`."""
+    device: torch.device
+    bf16: bool
+    """Matrix products in bfloat16 through autocast; parameters, sums and the optimizer stay float32."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.rows * self.seq_len
+
+
+def make_plan(
+    config: TrainConfig,
+    optim: OptimConfig,
+    checkpoint: CheckpointConfig,
+    log: LogConfig,
+    parallel: ParallelConfig,
+    *,
+    seq_len: int,
+    windows: int,
+    device: str = "auto",
+) -> Plan:
+    """Work out horizon, batch and arithmetic of a run.
+
+    Args:
+        seq_len: tokens of a window.
+        windows: training windows of an epoch.
+        device:  auto, cpu, cuda or cuda:N.
+    Raises:
+        RecipeError: a value that this version cannot honour, or numbers that do not go together; each is named.
+        EnvironmentFault: the device is not there.
+    """
+    place = _device(device)
+    _refuse_unsupported(config, optim, checkpoint, log, parallel, place)
+    rows, rest = divmod(config.batch_tokens, seq_len)
+    if rest or not rows:
+        nearest = " and ".join(f"{n * seq_len:,}" for n in (rows, rows + 1) if n)
+        sizes = f"train.batch_tokens {config.batch_tokens:,} is not a multiple of data.seq_len {seq_len:,}"
+        raise RecipeError(f"{sizes}; nearest: {nearest}")
+    limit = max(1, MICRO_TOKENS[place.type] // seq_len)
+    micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= limit)
+    if config.micro_batch != "auto":
+        micro = config.micro_batch
+        if micro < 1 or rows % micro:
+            fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+            raise RecipeError(f"train.micro_batch {micro} does not divide the {rows} sequences of a step; fits: {fits}")
+    horizon = horizon_steps(
+        max_steps=config.max_steps,
+        max_tokens=config.max_tokens,
+        max_epochs=config.max_epochs,
+        batch_tokens=config.batch_tokens,
+        epoch_tokens=windows * seq_len,
+    )
+    bf16 = config.precision == "bf16-mixed" or (config.precision == "auto" and place.type == "cuda")
+    return Plan(config, optim, checkpoint, horizon, seq_len, rows, micro, place, bf16)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in MICRO_TOKENS:
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentFault(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _refuse_unsupported(
+    config: TrainConfig,
+    optim: OptimConfig,
+    checkpoint: CheckpointConfig,
+    log: LogConfig,
+    parallel: ParallelConfig,
+    device: torch.device,
+) -> None:
+    """Raises: RecipeError with a line for each value that this version would otherwise ignore."""
+    values: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        ("train.precision", config.precision, ("auto", "bf16-mixed", "fp32")),
+        ("train.backend", config.backend, ("auto", "portable", "reference")),
+        ("train.compile", config.compile, ("auto", False)),
+        ("train.recompute", config.recompute, ("none",)),
+        ("train.seq_len_warmup", config.seq_len_warmup and config.seq_len_warmup.model_dump(mode="json"), (None,)),
+        ("train.deterministic", config.deterministic, (False, True) if device.type == "cpu" else (False,)),
+        ("train.guard.spike", config.guard.spike, ("log", "skip")),
+        ("train.guard.max_rollbacks", config.guard.max_rollbacks, (0,)),
+        ("optim.ema", optim.ema, (None,)),
+        ("optim.z_loss", optim.z_loss, (0.0,)),
+        ("checkpoint.background", checkpoint.background, (False,)),
+        ("log.to", log.to, ((),)),
+        ("log.health_every", log.health_every, (None,)),
+        ("parallel.dp_replicate", parallel.dp_replicate, (1,)),
+        ("parallel.dp_shard", parallel.dp_shard, ("all", 1)),
+        ("parallel.cp", parallel.cp, (1,)),
+        ("parallel.tp", parallel.tp, (1,)),
+    )
+    refused = [
+        f"{key} {show(value)} is not available in this version; expected {' or '.join(map(show, allowed))}"
+        for key, value, allowed in values
+        if value not in allowed
+    ]
+    if refused:
+        raise RecipeError("\n".join(refused))
+
+
+Row = dict[str, Any]
+Report = Callable[[Row], None]
+"""Receives every row of metrics.jsonl, and rows of kind `note` and `warning` with a `text`, which are not written."""
+
+
+class Task(NamedTuple):
+    """Something the loop asks for between two steps: at the start, every `every` steps and at the end."""
+
+    call: Callable[[Megalodon], list[Row] | None]
+    """Returns rows for metrics.jsonl, or None if it was abandoned because a stop was asked for."""
+    every: int | None = None
+    at_start: bool = False
+
+    def due(self, step: int, horizon: int) -> bool:
+        """Whether the task runs after `step` steps."""
+        if step == 0:
+            return self.at_start
+        return step == horizon or (self.every is not None and step % self.every == 0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, how it talks and when it stops."""
+
+    directory: Path
+    num_classes: int
+    """Ids of the tokenizer; padded rows of the output matrix get no probability."""
+    bytes_table: NDArray[np.int64]
+    """Bytes of text that each id stands for."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest of a checkpoint records besides its files: frozen values, versions."""
+    tasks: tuple[Task, ...] = ()
+    """In the order in which they run."""
+    report: Report = lambda row: None
+    stop: Callable[[], str | None] = lambda: None
+    """Returns why the run is to stop after this step, or None."""
+    stop_at_step: int | None = None
+    max_seconds: float | None = None
+    peak_flops: float | None = None
+    """Measured floating-point operations/s of this machine's matrix product."""
+
+
+class Result(NamedTuple):
+    """How a run ended."""
+
+    status: Literal["finished", "milestone", "stopped"]
+    step: int
+    tokens: int
+    seconds: float
+    """Of this process."""
+    reason: str
+    """Why it stopped before the horizon; empty when finished."""
+    saved: Path | None
+    """The newest checkpoint; None if the run stopped before its first step."""
+    model: Megalodon
+
+
+def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Result:
+    """Train a model in a run directory, continuing from its newest checkpoint that verifies.
+
+    Raises:
+        NumericalError: the guard gave up.   CheckpointError: checkpoints exist and none can be used.
+        EnvironmentFault: a checkpoint could not be written.   OutOfMemory: the device's memory does not suffice.
+    """
+    with _deterministic(plan.config.deterministic), _out_of_memory(plan), contextlib.ExitStack() as stack:
+        trainer = Trainer(model_config, loader, plan, run)
+        stack.callback(trainer.metrics.close)
+        trainer.resume()
+        return trainer.run_to_the_end()
+
+
+class Trainer:
+    """A model, its optimizer and how far they are."""
+
+    def __init__(self, model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> None:
+        self.loader, self.plan, self.run = loader, plan, run
+        backend: Any = plan.config.backend
+        self.model = Megalodon(model_config, seed=plan.config.seed, backend=backend).to(plan.device)
+        self.optimizer = build_optimizer(self.model, plan.optim)
+        guard = plan.config.guard
+        self.guard = StepGuard(guard.nonfinite, "skip" if guard.spike == "skip" else "log")
+        self.metrics = MetricsLog(run.directory / "metrics.jsonl")
+        self.checkpoints = run.directory / "checkpoints"
+        self.flops = flops_per_token(model_config, plan.seq_len)
+        self.dropout = any((model_config.dropout, model_config.hidden_dropout, model_config.attention_dropout))
+        self.step, self.updates, self.tokens, self.targets = 0, 0, 0, 0
+        self.observed = -1
+        """The last step whose tasks are done."""
+        self.valid_loss: float | None = None
+        """Of the last step whose tasks are done; None if it had none."""
+        self.began = self.saved_at = time.monotonic()
+        self.saved: Path | None = None
+        self.saved_step = 0
+
+    def train_step(self) -> Row:
+        """Take one optimizer step: batch, gradient, verdict, update; return its row of metrics."""
+        begin = time.monotonic()
+        step, plan = self.step + 1, self.plan
+        first = self.step * plan.rows
+        batch = self.loader.batch(first, plan.rows)
+        loaded = time.monotonic()
+        if self.dropout:
+            torch.manual_seed(_step_seed(plan.config.seed, step))
+        total, loss = self._gradient(batch)
+        norm_tensor = gradient_norm(self.model) if total else torch.zeros(())
+        norm = float(norm_tensor)
+        rate = learning_rate(plan.optim, step, plan.horizon, plan.batch_tokens)
+        verdict = self.guard.judge(step, loss, norm) if total else None
+        if verdict and verdict.event:
+            self._event(step, verdict.event, verdict.reason, first)
+        elif not total:
+            self._event(step, "empty", "no target in the whole step; nothing was updated", first)
+        if verdict and verdict.accept:
+            if plan.optim.grad_clip is not None:
+                clip(self.model, norm_tensor, plan.optim.grad_clip)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.tokens, self.targets = step, self.tokens + plan.batch_tokens, self.targets + total
+        seconds = time.monotonic() - begin
+        speed = plan.batch_tokens / seconds
+        num_bytes = int(self.run.bytes_table[batch.targets[batch.targets != IGNORED]].sum())
+        return {
+            "kind": "train",
+            "step": step,
+            "loss": loss if total else None,
+            "bits_per_byte": loss * total / math.log(2) / num_bytes if num_bytes else None,
+            "lr": rate,
+            "grad_norm": norm if total else None,
+            "tokens": self.tokens,
+            "tok_per_s": round(speed, 1),
+            "seconds": round(seconds, 4),
+            "data_seconds": round(loaded - begin, 4),
+            "peak_share": round(speed * self.flops / self.run.peak_flops, 4) if self.run.peak_flops else None,
+            "memory": peak_memory(plan.device),
+        }
+
+    def _gradient(self, batch: Batch) -> tuple[int, float]:
+        """Leave the gradient of the mean loss over all targets of the step in the parameters.
+
+        Losses are summed over micro-batches and divided by the targets of the whole step, so that the cut into
+        micro-batches changes rounding only.
+
+        Returns: the number of targets, and the mean loss.
+        """
+        plan, model = self.plan, self.model
+        total = int((batch.targets != IGNORED).sum())
+        if total == 0:
+            return 0, 0.0
+        model.train()
+        summed = torch.zeros((), device=plan.device)
+        for first in range(0, plan.rows, plan.micro_rows):
+            tokens, targets, starts = (torch.from_numpy(x[first : first + plan.micro_rows]) for x in batch)
+            begins = starts.to(plan.device) if bool(starts.any()) else None
+            with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
+                hidden, _ = model.hidden(tokens.to(plan.device), starts=begins)
+                loss, _ = cross_entropy(
+                    hidden,
+                    model.output_weight,
+                    targets.to(plan.device),
+                    plan.config.loss_chunk,
+                    num_classes=self.run.num_classes,
+                )
+            (loss / total).backward()
+            summed += loss.detach()
+        return total, float(summed) / total
+
+    def _event(self, step: int, event: str, reason: str, first_sample: int) -> None:
+        """Log an unusual step with the samples it read and, if values are not finite, where."""
+        row: Row = {"kind": "event", "step": step, "event": event, "reason": reason}
+        row["samples"] = [first_sample, self.plan.rows]
+        broken = {
+            name: int((~p.grad.isfinite()).sum())
+            for name, p in self.model.named_parameters()
+            if p.grad is not None and not bool(p.grad.isfinite().all())
+        }
+        self._write(row | ({"nonfinite": broken} if broken else {}))
+
+    def run_to_the_end(self) -> Result:
+        """Alternate steps with what is due between them, until the horizon or a reason to stop."""
+        while True:
+            reason = self._stop_reason()
+            if reason is None and self.observed != self.step and not self._observe():
+                reason = self._stop_reason() or "a stop was asked for"
+            if reason is not None:
+                self._save()
+                return self._result("stopped", reason)
+            if self.step >= self.plan.horizon:
+                self._save()
+                return self._result("finished", "")
+            if self.run.stop_at_step is not None and self.step >= self.run.stop_at_step:
+                self._save()
+                return self._result("milestone", f"step {self.run.stop_at_step:,} was asked for")
+            if self._save_due():
+                self._save()
+            self._write(self.train_step())
+
+    def _result(self, status: Literal["finished", "milestone", "stopped"], reason: str) -> Result:
+        seconds = time.monotonic() - self.began
+        return Result(status, self.step, self.tokens, seconds, reason, self.saved, self.model)
+
+    def _stop_reason(self) -> str | None:
+        stop_file = self.run.directory / "stop"
+        if stop_file.exists():
+            stop_file.unlink(missing_ok=True)
+            return "the file `stop`"
+        limit = self.run.max_seconds
+        if limit is not None and time.monotonic() - self.began >= limit:
+            return f"--max-time {limit:g} s"
+        return self.run.stop()
+
+    def _observe(self) -> bool:
+        """Run the tasks that are due; False if one was abandoned, and then nothing of this step is logged."""
+        due = [task for task in self.run.tasks if task.due(self.step, self.plan.horizon)]
+        found: list[Row] = []
+        self.model.eval()
+        for task in due:
+            rows = task.call(self.model)
+            if rows is None:
+                return False
+            found += rows
+        for row in found:
+            self._write({"kind": row["kind"], "step": self.step, "tokens": self.tokens, **row})
+        self.observed = self.step
+        self.valid_loss = next((row["valid_loss"] for row in found if row["kind"] == "eval"), None)
+        return True
+
+    def _write(self, row: Row) -> None:
+        self.metrics.write(row)
+        self.run.report(row)
+
+    def _live_tensors(self) -> dict[str, Tensor]:
+        """Everything that is saved and restored bit by bit; a tied matrix once."""
+        kept = self.model.state_dict(keep_vars=True).keys()
+        tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
+        tensors |= {f"model.{name}": b for name, b in self.model.named_buffers() if name in kept}
+        return tensors | optimizer_tensors(self.optimizer)
+
+    def _save_due(self) -> bool:
+        save_file = self.run.directory / "save"
+        if save_file.exists():
+            save_file.unlink(missing_ok=True)
+            return True
+        config = self.plan.checkpoint
+        if self.step == self.saved_step:
+            return False
+        late = config.every_minutes is not None and time.monotonic() - self.saved_at >= config.every_minutes * 60
+        return late or (config.every is not None and self.step % config.every == 0)
+
+    def _save(self) -> None:
+        """Commit a checkpoint of this step, once; before the first step there is nothing to save."""
+        if self.step == self.saved_step:
+            return
+        state = {
+            "step": self.step,
+            "updates": self.updates,
+            "tokens": self.tokens,
+            "targets": self.targets,
+            "observed": self.observed,
+            "guard": self.guard.state(),
+            "data": self.loader.state(self.step * self.plan.rows),
+            "seed": self.plan.config.seed,
+            "schedule": {"name": self.plan.optim.schedule, "horizon": self.plan.horizon},
+            "optimizer": [
+                {key: value for key, value in group.items() if key in ("lr", "betas", "eps", "weight_decay", "names")}
+                for group in self.optimizer.param_groups
+            ],
+        }
+        loss = self.valid_loss if self.observed == self.step else None
+        scored = loss if loss is not None and math.isfinite(loss) else None
+        about = {**self.run.about, "data": self.loader.store.fingerprint, "valid_loss": scored}
+        self.metrics.sync()
+        begin = time.monotonic()
+        try:
+            self.saved = save_step(self.checkpoints, self.step, self._live_tensors(), state, about)
+        except EnvironmentFault as error:
+            if self.plan.checkpoint.on_error == "stop":
+                raise
+            self.run.report({"kind": "warning", "text": f"{error}; training goes on (checkpoint.on_error)"})
+            self.saved_at = time.monotonic()
+            return
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+        retain(self.checkpoints, self.plan.checkpoint)
+        text = f"saved step {self.step:,} in {self.saved_at - begin:.1f} s: {self.saved}"
+        self.run.report({"kind": "note", "event": "saved", "step": self.step, "text": text})
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint that verifies, or start at step 0; what came after it is forgotten."""
+        if self.checkpoints.is_dir():
+            clean_leftovers(self.checkpoints)
+        saved, faults = newest_good_step(self.checkpoints, self.plan.checkpoint.verify)
+        for fault in faults:
+            self.run.report({"kind": "warning", "text": f"{fault}; trying the checkpoint before it"})
+        if saved is None:
+            self.metrics.open_at(0, False)
+            return
+        self._restore(saved)
+        self.metrics.open_at(self.step, self.observed == self.step)
+        text = f"resuming at step {self.step:,} ({self.tokens:,} tokens seen)"
+        self.run.report({"kind": "note", "event": "resumed", "step": self.step, "text": text})
+
+    def _restore(self, saved: Saved) -> None:
+        state = saved.state
+        try:
+            consumed = self.loader.check(state["data"])
+            names = [group["names"] for group in state["optimizer"]]
+            if names != [group["names"] for group in self.optimizer.param_groups]:
+                raise CheckpointError(f"{saved.path}: the optimizer's parameter groups are others; check optim.decay")
+            load_tensors(saved, self._live_tensors())
+            self.guard.restore(state["guard"])
+            self.step, self.updates = int(state["step"]), int(state["updates"])
+            self.tokens, self.targets = int(state["tokens"]), int(state["targets"])
+            self.observed, self.valid_loss = int(state["observed"]), saved.manifest.get("valid_loss")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{saved.path / 'state.json'} is incomplete: {error!r}") from error
+        if consumed != self.step * self.plan.rows:
+            expected = f"{self.step:,} steps of {self.plan.rows} sequences are {self.step * self.plan.rows:,}"
+            raise CheckpointError(f"{saved.path}: {consumed:,} samples were consumed, but {expected}")
+        self.saved, self.saved_step = saved.path, self.step
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the live state of AdamW by parameter name: optim.exp_avg.*, optim.exp_avg_sq.*, optim.step.*."""
+    return {
+        f"optim.{kind}.{name}": optimizer.state[parameter][kind]
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for kind in ("exp_avg", "exp_avg_sq", "step")
+    }
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """Return the seed of the random numbers of a step: a resumed run draws what an uninterrupted one would."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|dropout|{step}".encode()).digest()[:8], "little") >> 1
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Make PyTorch refuse operations whose result may differ between two runs."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+@contextlib.contextmanager
+def _out_of_memory(plan: Plan) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0]
+        smaller = max(1, plan.micro_rows // 2)
+        hint = f"train.micro_batch={smaller}" if plan.micro_rows > 1 else "a smaller data.seq_len or model"
+        raise OutOfMemory(f"out of memory on {plan.device}: {first_line}", hint) from error

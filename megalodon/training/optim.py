@@ -1,0 +1,82 @@
+"""The optimizer of a run: AdamW as in the paper, its parameter groups, and clipping of the gradient.
+
+Not here: the learning rate of a step (schedule.py), the verdict on a gradient (guard.py).
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from megalodon.config import Amount, Config
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule (the `optim:` section of a recipe)."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr: float = Field(default=6e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running mean and of the running square of the gradient."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the running square."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient; null = no clipping."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay, multiplied by the learning rate."""
+    decay: Literal["all", "matrices"] = "all"
+    """What decays: all parameters (as released; norm scales are stored minus 1) or matrices only."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; wsd stays at the peak and falls over the last fifth."""
+    warmup: Amount = Amount(0.02, "share")
+    """Linear warm-up from 0: part of the horizon, or `500 steps`, `1B tokens`."""
+    final_lr: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end of the horizon, as a part of the peak."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of averaged weights; null = none."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the penalty on log² of the softmax normaliser."""
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over the named parameters of `model`: one group that decays and, with `matrices`, one that does not.
+
+    Each group carries `names`, the parameters in its order. The learning rate is set before each step by the loop.
+    The state exists from the start, all zero, so that a checkpoint of any step holds the same tensors.
+    """
+    decayed: dict[str, nn.Parameter] = {}
+    kept: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if config.decay == "all" or is_matrix(name, parameter) else kept)[name] = parameter
+    groups = [
+        {"params": list(group.values()), "names": list(group), "weight_decay": decay}
+        for group, decay in ((decayed, config.weight_decay), (kept, 0.0))
+        if group
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, foreach=True)
+    for parameter in (*decayed.values(), *kept.values()):
+        optimizer.state[parameter] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """True for weights of linear maps and embeddings: two dimensions and a `.weight` name, not the tables of CEMA."""
+    return parameter.dim() == 2 and name.endswith("weight")
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of the whole gradient, float32, on the device of the parameters."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def clip(model: nn.Module, norm: Tensor, limit: float) -> None:
+    """Scale the gradient in place so that its norm, given, is at most `limit`."""
+    torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), limit, norm)

@@ -1,0 +1,143 @@
+"""The run directory: whose it is, what it may not change, and what `run.json` says about it.
+
+    run.json           status, step, scores, what to do next; the frozen values
+    recipe.yaml        the resolved recipe with origins        command.txt   the command
+    environment.json   versions, threads, device               metrics.jsonl, checkpoints/, model/, lock.json
+
+Not here: metrics (metrics.py), checkpoints (checkpoint/store.py), the recipe's own file format.
+"""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon.checkpoint.store import read_json, replace_json
+from megalodon.config import show
+from megalodon.errors import CheckpointError
+
+FORMAT = "megalodon/run/1"
+FROZEN = ("model.", "tokenizer.", "data.", "optim.", "train.seed", "train.batch_tokens", "train.precision")
+"""Keys of a recipe that a run keeps for life; `data.dir` is a place, not a value."""
+
+
+class RunRecord:
+    """`run.json` of a run directory: one JSON object, replaced in one move.
+
+    status     running | stopped | finished | failed
+    step, steps, tokens, parameters, seconds            of the last save; steps is the horizon
+    valid_loss, bits_per_byte, bits_per_byte_at_start, unigram_bits_per_byte
+    next       commands that make sense now
+    frozen     dotted key -> value that the run keeps for life
+    allowed    changes of frozen values that the user asked for
+    """
+
+    def __init__(self, directory: Path, values: dict[str, Any]) -> None:
+        self.directory, self.values = directory, values
+
+    def update(self, **values: Any) -> None:
+        """Write the record with these values changed."""
+        self.values = {**self.values, **values, "updated": time.strftime("%Y-%m-%d %H:%M:%S")}
+        replace_json(self.directory / "run.json", self.values)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its horizon."""
+        return self.values.get("status") == "finished"
+
+
+def frozen_values(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dotted keys and values of a recipe (as plain data) that a run keeps for life."""
+    return {key: value for key, value in _leaves(recipe) if key.startswith(FROZEN) and key != "data.dir"}
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of everything that is not a section; entries of a list of sections by their name."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value):
+            yield from _leaves(item, f"{prefix}.{item.get('name', number)}")
+    else:
+        yield prefix, list(value) if isinstance(value, tuple) else value
+
+
+def check_directory(directory: Path, *, fresh: bool = False) -> None:
+    """Refuse a directory that holds something else than a run, before anything is written into it.
+
+    Args:
+        fresh: a run that is there already is refused too (`--resume never`).
+    Raises:
+        CheckpointError: the path is a file, holds foreign files, or a run although none is wanted.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; expected a run directory, or a path that does not exist yet")
+    if (directory / "run.json").exists():
+        if fresh:
+            raise CheckpointError(f"{directory} holds a run; --resume never needs another -o, or leave --resume out")
+        return
+    ours = (".tmp-", "lock.json", "recipe.yaml", "command.txt", "environment.json")
+    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    if foreign := [name for name in names if not name.startswith(ours)]:
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise CheckpointError(f"{directory} is not a run (no run.json) and holds {shown}; choose another -o")
+
+
+def open_record(directory: Path, frozen: Mapping[str, Any], allow: Sequence[str] = ()) -> RunRecord | None:
+    """Return the record of the run in a directory, None if there is none yet; called under its lock.
+
+    Args:
+        frozen: the values this run would have.
+        allow:  dotted keys whose change the user wants; recorded by the caller.
+    Raises:
+        CheckpointError: the directory holds another run; the message lists every difference with both values.
+    """
+    path = directory / "run.json"
+    if not path.exists():
+        return None
+    values = read_json(path)
+    if values.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {show(values.get('format'))}; expected {FORMAT}")
+    there = values.get("frozen", {})
+    keys = [key for key in (*there, *(k for k in frozen if k not in there)) if there.get(key) != frozen.get(key)]
+    refused = [key for key in keys if key not in allow]
+    if refused:
+        differences = ", ".join(f"{k} is {show(there.get(k))} there, {show(frozen.get(k))} here" for k in refused)
+        change = " ".join(f"--allow-change {key}" for key in refused)
+        raise CheckpointError(f"{directory} holds another run: {differences}; choose another -o, or {change}")
+    return RunRecord(directory, values)
+
+
+def new_record(directory: Path, frozen: Mapping[str, Any], **values: Any) -> RunRecord:
+    """Return the record of a run that begins; nothing is written yet."""
+    return RunRecord(directory, {"format": FORMAT, **values, "frozen": dict(frozen), "allowed": []})
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what could explain a difference between two runs: versions, processor, threads. No names, no paths."""
+    packages = {name: _version(name) for name in ("megalodon-lm", "torch", "numpy", "sentencepiece", "safetensors")}
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "accelerator": accelerator,
+        "byteorder": sys.byteorder,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

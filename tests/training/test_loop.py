@@ -1,0 +1,301 @@
+"""The laws of the loop: a cut into micro-batches changes nothing, a resumed run is an uninterrupted one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import tiny_config
+from safetensors.torch import load_file
+from stores import BYTES_TABLE, NUM_CLASSES, SEQ_LEN, tiny_plan, tiny_run, tiny_store
+
+from megalodon.checkpoint.store import steps_in
+from megalodon.data.loader import IGNORED, Loader
+from megalodon.data.shards import Store
+from megalodon.errors import EnvironmentFault, NumericalError, RecipeError
+from megalodon.model.megalodon import Megalodon
+from megalodon.training.loop import Result, Row, Task, optimizer_tensors
+from megalodon.training.optim import OptimConfig, build_optimizer
+
+TIMES = {"tok_per_s", "seconds", "data_seconds", "peak_share", "memory"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return tiny_store(tmp_path_factory.mktemp("data") / "store")
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def saved_tensors(directory: Path, step: int) -> dict[str, torch.Tensor]:
+    files = sorted((directory / "checkpoints" / f"step-{step:08d}" / "tensors").iterdir())
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def score(every: int | None = 2) -> Task:
+    """An evaluation that depends on every parameter."""
+
+    def call(model: Megalodon) -> list[Row]:
+        assert not model.training
+        return [{"kind": "eval", "valid_loss": sum(float(p.detach().double().abs().sum()) for p in model.parameters())}]
+
+    return Task(call, every, at_start=True)
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    a, b = saved_tensors(one, step), saved_tensors(other, step)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert metrics(one) == metrics(other)
+    state = [json.loads((d / f"checkpoints/step-{step:08d}/state.json").read_text()) for d in (one, other)]
+    assert state[0] == state[1]
+
+
+def test_the_loss_falls_and_padding_is_never_predicted(store: Store, tmp_path: Path) -> None:
+    plan = tiny_plan(train={"max_steps": 30})
+    result = tiny_run(store, tmp_path, plan)
+    rows = [row for row in metrics(tmp_path) if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[0]["loss"] > 0.9 * math.log(NUM_CLASSES)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert (result.status, result.step, result.tokens) == ("finished", 30, 30 * 4 * 37)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_accumulation_changes_rounding_only(store: Store, tmp_path: Path, micro: int) -> None:
+    """Rows have different numbers of targets, so a mean of means would differ by far more."""
+    for name, rows in (("whole", 4), ("parts", micro)):
+        tiny_run(
+            store, tmp_path / name, tiny_plan(train={"micro_batch": rows, "max_steps": 3}, checkpoint={"every": 1})
+        )
+    whole, parts = (saved_tensors(tmp_path / name, 1) for name in ("whole", "parts"))
+    for name in (name for name in whole if name.startswith("optim.exp_avg.")):  # a tenth of the first gradient
+        assert torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-6), name
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != losses[1]
+
+
+def test_bits_per_byte_are_nats_over_bytes(store: Store, tmp_path: Path) -> None:
+    tiny_run(store, tmp_path, tiny_plan(train={"max_steps": 1}))
+    targets = Loader(store, SEQ_LEN, "doc", 1).batch(0, 4).targets
+    targets = targets[targets != IGNORED]
+    row = metrics(tmp_path)[0]
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] * len(targets) / math.log(2) / BYTES_TABLE[targets].sum())
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"train": {"micro_batch": 2}},
+    "dropout": {
+        "model": {"dropout": 0.1, "hidden_dropout": 0.2, "attention_dropout": 0.1},
+        "train": {"micro_batch": 2},
+    },
+    "bf16": {"train": {"precision": "bf16-mixed"}},
+    "matrices": {"optim": {"decay": "matrices", "schedule": "wsd"}, "model": {"share_emb": True}},
+}
+
+
+def both(store: Store, directory: Path, option: str, **how: Any) -> Result:
+    chosen = OPTIONS[option]
+    plan = tiny_plan(train=chosen.get("train"), optim=chosen.get("optim"))
+    return tiny_run(store, directory, plan, model=chosen.get("model"), tasks=(score(),), **how)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_resumed_run_is_an_uninterrupted_one_bit_by_bit(store: Store, tmp_path: Path, option: str) -> None:
+    both(store, tmp_path / "whole", option)
+    for stop in (1, 4):
+        result = both(store, tmp_path / "parts", option, stop_at_step=stop)
+        assert (result.status, result.step) == ("milestone", stop)
+        torch.manual_seed(stop)  # whatever the process drew meanwhile must not matter
+    assert both(store, tmp_path / "parts", option).status == "finished"
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 7)
+
+
+def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(store: Store, tmp_path: Path) -> None:
+    both(store, tmp_path / "whole", "plain")
+
+    def die(row: Row) -> None:
+        if row["kind"] == "train" and row["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        both(store, tmp_path / "parts", "plain", report=die)
+    assert steps_in(tmp_path / "parts" / "checkpoints") == [3]
+    both(store, tmp_path / "parts", "plain")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 7)
+
+
+def test_a_stop_during_evaluation_saves_the_step_and_evaluates_it_later(store: Store, tmp_path: Path) -> None:
+    both(store, tmp_path / "whole", "plain")
+    task, told = score(), []
+
+    def abandoned(model: Megalodon) -> list[Row] | None:
+        if told or len(metrics(tmp_path / "parts")) < 4:
+            return task.call(model)
+        told.append("SIGTERM")
+        return None
+
+    plan = tiny_plan()
+    tasks = (Task(abandoned, 2, at_start=True),)
+    stop = lambda: told[0] if told else None  # noqa: E731
+    result = tiny_run(store, tmp_path / "parts", plan, tasks=tasks, stop=stop)
+    assert (result.status, result.step, result.reason) == ("stopped", 4, "SIGTERM")
+    assert [row["kind"] for row in metrics(tmp_path / "parts") if row["step"] == 4] == ["train"]
+    both(store, tmp_path / "parts", "plain")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 7)
+
+
+def test_a_stop_before_the_first_step_saves_nothing(store: Store, tmp_path: Path) -> None:
+    result = tiny_run(store, tmp_path, tiny_plan(), stop=lambda: "SIGINT")
+    assert (result.status, result.step, result.saved) == ("stopped", 0, None)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_files_ask_to_save_and_to_stop_and_the_clock_stops(store: Store, tmp_path: Path) -> None:
+    def ask(row: Row) -> None:
+        if row["kind"] == "train" and row["step"] in (2, 5):
+            (tmp_path / ("save" if row["step"] == 2 else "stop")).touch()
+
+    plan = tiny_plan(checkpoint={"every": None})
+    result = tiny_run(store, tmp_path, plan, report=ask)
+    assert (result.step, result.reason) == (5, "the file `stop`")
+    assert steps_in(tmp_path / "checkpoints") == [5, 2]
+    assert not list(tmp_path.glob("s*"))
+    assert tiny_run(store, tmp_path, plan, max_seconds=0.0).reason.startswith("--max-time")
+
+
+def test_a_broken_newest_checkpoint_is_told_and_the_one_before_it_is_used(store: Store, tmp_path: Path) -> None:
+    both(store, tmp_path / "whole", "plain")
+    both(store, tmp_path / "parts", "plain", stop_at_step=6)
+    shard = tmp_path / "parts/checkpoints/step-00000006/tensors/shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    told: list[Row] = []
+    both(store, tmp_path / "parts", "plain", report=told.append)
+    texts = [row["text"] for row in told if "text" in row]
+    assert "shard-00000.safetensors has sha256" in texts[0] and "the checkpoint before it" in texts[0]
+    assert texts[1].startswith("resuming at step 3 (444 tokens")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 7)
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter_and_three_stop_the_run(store: Store, tmp_path: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def poison(model: Megalodon) -> list[Row]:
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        with torch.no_grad():
+            model.layers[0].get_parameter("mega.wv.bias")[0] = math.nan
+        return []
+
+    with pytest.raises(NumericalError, match=r"step 5: loss nan.*3 steps in a row"):
+        tiny_run(store, tmp_path, tiny_plan(), tasks=(Task(poison, 2),))
+    rows = metrics(tmp_path)
+    skipped = [row for row in rows if row["kind"] == "event"]
+    assert [(row["step"], row["event"], row["samples"]) for row in skipped] == [
+        (3, "skip", [8, 4]),
+        (4, "skip", [12, 4]),
+    ]
+    assert "layers.0.mega.wv.bias" in skipped[0]["nonfinite"]
+    assert [row["loss"] for row in rows if row["kind"] == "train"][2:] == [None, None]
+    name = "layers.1.mega.wv.bias"
+    assert torch.equal(seen[0][name], seen[1][name])
+
+
+def test_a_failed_save_stops_the_run_or_is_told(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise EnvironmentFault("disk full")
+
+    monkeypatch.setattr("megalodon.training.loop.save_step", fail)
+    with pytest.raises(EnvironmentFault, match="disk full"):
+        tiny_run(store, tmp_path / "stops", tiny_plan())
+    told: list[Row] = []
+    plan = tiny_plan(checkpoint={"every": 3, "on_error": "continue"})
+    assert tiny_run(store, tmp_path / "goes-on", plan, report=told.append).status == "finished"
+    assert next(row["text"] for row in told if row["kind"] == "warning").startswith("disk full; training goes on")
+
+
+def test_retention_keeps_the_last_the_best_and_every_nth(store: Store, tmp_path: Path) -> None:
+    losses = iter([5.0, 1.0, 4.0, 3.0, 3.0, 3.0, 2.0])
+    task = Task(lambda model: [{"kind": "eval", "valid_loss": next(losses)}], 1)
+    plan = tiny_plan(checkpoint={"every": 1, "keep_last": 2, "keep_best": 1, "keep_every": 4})
+    tiny_run(store, tmp_path, plan, tasks=(task,))
+    assert steps_in(tmp_path / "checkpoints") == [7, 6, 4, 2]
+    assert json.loads((tmp_path / "checkpoints/best").read_text()) == {"step": 2, "valid_loss": 1.0}
+
+
+def test_other_data_are_refused_at_resume(store: Store, tmp_path: Path) -> None:
+    tiny_run(store, tmp_path / "run", tiny_plan(), stop_at_step=2)
+    other = tiny_store(tmp_path / "other", seed=1)
+    with pytest.raises(Exception, match="cannot go on with other data: fingerprint was"):
+        tiny_run(other, tmp_path / "run", tiny_plan())
+
+
+def test_the_state_of_the_optimizer_has_a_name_for_every_tensor() -> None:
+    model = Megalodon(tiny_config())
+    names = optimizer_tensors(build_optimizer(model, OptimConfig(decay="matrices"))).keys()
+    parameters = [name for name, _ in model.named_parameters()]
+    assert names == {f"optim.{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq", "step") for name in parameters}
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "train.precision bf16 ": {"train": {"precision": "bf16"}},
+    "train.backend triton ": {"train": {"backend": "triton"}},
+    "train.compile true ": {"train": {"compile": True}},
+    "train.recompute block ": {"train": {"recompute": "block"}},
+    "train.seq_len_warmup {start: 8, over: 5%} ": {"train": {"seq_len_warmup": {"start": 8, "over": "5%"}}},
+    "train.guard.spike rollback ": {"train": {"guard": {"spike": "rollback"}}},
+    "train.guard.max_rollbacks 3 ": {"train": {"guard": {"max_rollbacks": 3}}},
+    "optim.ema 0.9 ": {"optim": {"ema": 0.9}},
+    "optim.z_loss 0.1 ": {"optim": {"z_loss": 0.1}},
+    "checkpoint.background true ": {"checkpoint": {"background": True}},
+    "log.to [wandb] ": {"log": {"to": ("wandb",)}},
+    "log.health_every 5 ": {"log": {"health_every": 5}},
+    "parallel.dp_replicate 2 ": {"parallel": {"dp_replicate": 2}},
+    "parallel.dp_shard 4 ": {"parallel": {"dp_shard": 4}},
+    "parallel.cp 2 ": {"parallel": {"cp": 2}},
+    "parallel.tp 2 ": {"parallel": {"tp": 2}},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_cannot_be_honoured_is_refused_by_name(said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        tiny_plan(**REFUSED[said])
+    assert str(caught.value).startswith(said)
+
+
+def test_numbers_that_do_not_go_together_name_all_parties() -> None:
+    with pytest.raises(RecipeError, match=r"tokens 100 is not a multiple of data.seq_len 37; nearest: 74 and 111"):
+        tiny_plan(train={"batch_tokens": 100})
+    with pytest.raises(RecipeError, match="micro_batch 3 does not divide the 4 sequences of a step; fits: 1, 2, 4"):
+        tiny_plan(train={"micro_batch": 3})
+
+
+def test_the_device_is_checked() -> None:
+    with pytest.raises(Exception, match="--device tpu: expected auto, cpu, cuda"):
+        tiny_plan(device="tpu")
+    with pytest.raises(EnvironmentFault, match="CUDA devices"):
+        tiny_plan(device="cuda:99")
+
+
+def test_the_reference_backend_trains_to_the_same_weights(store: Store, tmp_path: Path) -> None:
+    runs = [
+        tiny_run(store, tmp_path / name, tiny_plan(train={"backend": name, "max_steps": 2}))
+        for name in ("portable", "reference")
+    ]
+    for (name, a), b in zip(runs[0].model.named_parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4), name
+
+
+def test_deterministic_mode_trains_and_is_left_as_it_was(store: Store, tmp_path: Path) -> None:
+    tiny_run(store, tmp_path, tiny_plan(train={"deterministic": True, "max_steps": 2}))
+    assert torch.is_deterministic_algorithms_warn_only_enabled()

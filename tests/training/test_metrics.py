@@ -1,0 +1,70 @@
+"""metrics.jsonl continues as if a run had never stopped; speed is counted as its docstring says."""
+
+import math
+from pathlib import Path
+
+import torch
+from factories import tiny_config
+
+from megalodon.training.metrics import MetricsLog, flops_per_token, matmul_peak
+
+
+def rows(last: int) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = [{"kind": "eval", "step": 0}]
+    for step in range(1, last + 1):
+        found.append({"kind": "train", "step": step, "loss": 1 / step})
+        if step % 2 == 0:
+            found.append({"kind": "eval", "step": step})
+    return found
+
+
+def written(path: Path, last: int) -> MetricsLog:
+    log = MetricsLog(path)
+    log.open_at(0, False)
+    for row in rows(last):
+        log.write(row)
+    log.close()
+    return log
+
+
+def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    log = written(tmp_path / "metrics.jsonl", 9)
+    log.open_at(4, True)
+    log.close()
+    assert log.rows() == rows(4)
+
+
+def test_an_evaluation_of_the_checkpoints_step_that_it_does_not_know_is_forgotten(tmp_path: Path) -> None:
+    log = written(tmp_path / "metrics.jsonl", 9)
+    log.open_at(4, False)
+    log.close()
+    assert log.rows() == rows(4)[:-1]
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = written(path, 5)
+    path.write_text(path.read_text()[:-9])
+    assert log.rows() == rows(5)[:-1]
+
+
+def test_values_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    log = written(tmp_path / "metrics.jsonl", 0)
+    log.open_at(0, False)
+    log.write({"kind": "train", "step": 1, "loss": math.nan, "more": {"1": math.inf}})
+    log.close()
+    assert log.rows() == [{"kind": "train", "step": 1, "loss": None, "more": {"1": None}}]
+
+
+def test_a_matrix_product_takes_time() -> None:
+    assert 1e7 < matmul_peak(torch.device("cpu"), torch.float32, 0.02) < 1e15
+
+
+def test_flops_count_matrices_attention_and_averages() -> None:
+    config = tiny_config()
+    c, matrices = config, config.num_parameters() - 53 * 24
+    keys = (c.chunk_size + 1) / 2
+    layer = 6 * keys * (c.z_dim + c.value_dim) + 36 * c.model_dim * c.cema_ndim
+    assert flops_per_token(config, 1000) == 6 * matrices + 2 * layer
+    assert flops_per_token(config, 4) < flops_per_token(config, 10) == flops_per_token(config, 1000)
+    assert flops_per_token(tiny_config(share_emb=True), 1000) == flops_per_token(config, 1000)
