@@ -1,0 +1,327 @@
+"""The command line: every command by name, the options that hold everywhere, and errors as one line and an exit code.
+
+Not here: what a command does (commands/), what it prints with (console.py).
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from megalodon.errors import EnvironmentFault, InputError
+from megalodon_cli import console
+from megalodon_cli.commands.doctor import doctor
+from megalodon_cli.commands.generate import generate
+from megalodon_cli.commands.pretrain import pretrain
+from megalodon_cli.commands.recipes import recipes
+from megalodon_cli.commands.runs import runs
+from megalodon_cli.commands.tokenize import tokenize
+
+EXIT_CODES = """[bold]Exit codes[/bold]
+
+ 0  all that was asked is done
+
+ 1  the run failed
+
+ 2  your input; nothing was started
+
+ 3  the environment: a missing extra, device, disk space or network
+
+ 4  out of memory
+
+ 5  numerical failure: the guard gave up
+
+ 6  a check says no
+
+75  stopped early with a verified checkpoint; the same command continues
+
+130, 143  interrupted twice, or before the first step"""
+
+JSON = {"tokenize", "generate", "recipes", "runs", "doctor"}
+"""Commands whose result is also a JSON document."""
+TAKES_KEYS = {"tokenize", "pretrain", "recipes"}
+"""Commands that take recipe keys, also in the form `--optim.lr 1e-3`."""
+
+
+def spelled(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with `--optim.lr 1e-3` and `--optim.lr=1e-3` written as the change `optim.lr=1e-3`."""
+    if not TAKES_KEYS & set(arguments):
+        return list(arguments)
+    shown: list[str] = []
+    rest = iter(arguments)
+    for text in rest:
+        name, equals, value = text.removeprefix("--").partition("=")
+        if text == "--":
+            return [*shown, text, *rest]
+        if not text.startswith("--") or "." not in name:
+            shown.append(text)
+        elif equals:
+            shown.append(f"{name}={value}")
+        elif (following := next(rest, None)) is not None:
+            shown.append(f"{name}={following}")
+        else:
+            raise InputError(f"command line: {text}: expected a value, such as {text} 1e-3")
+    return shown
+
+
+class Shell(TyperGroup):
+    """A group of commands: shared options hold before and after a command's name, errors become messages."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command with the options that hold everywhere."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            have = {param.name for param in command.params}
+            for param in self.params:
+                fits = param.name != "json" or cmd_name in JSON or ctx.parent is not None
+                if param.param_type_name == "option" and param.name in EVERYWHERE - have and fits:
+                    param.expose_value = False  # its callback stores it; the command knows nothing of it
+                    command.params.append(param)
+        return command
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read a command line; a group that is called alone prints its help."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command of a line. Raises: InputError with the nearest name."""
+        if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
+            near = get_close_matches(args[0], self.list_commands(ctx), 1)
+            meant = f"did you mean {near[0]}?" if near else f"commands: {', '.join(self.list_commands(ctx))}"
+            raise InputError(f"{args[0]}: no such command; {meant}", f"{ctx.command_path} --help")
+        if ctx.parent is None and console.wants_json() and args[0] not in JSON:
+            raise InputError(f"--json: {args[0]} prints no document; commands that do: {', '.join(sorted(JSON))}")
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command line. Returns the exit code, or exits with it in standalone mode."""
+        standalone = extra.pop("standalone_mode", True)
+        line = args[0] if args else extra.pop("args", None)
+        given = list(sys.argv[1:] if line is None else line)
+        console.configure(console.Settings(json="--json" in given and bool(JSON & set(given))))
+        colors = {name: os.environ.get(name) for name in ("NO_COLOR", "FORCE_COLOR")}
+        try:
+            code = self._guarded(given, extra)
+        finally:
+            for name, value in colors.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+        if standalone:
+            sys.exit(code)
+        return code
+
+    def _guarded(self, given: list[str], extra: dict[str, Any]) -> int:
+        """Run a command line and turn whatever happens into an exit code."""
+        try:
+            code = super().main(args=spelled(given), **{**extra, "prog_name": "megalodon"}, standalone_mode=False)
+            console.finish()
+            return code if isinstance(code, int) else 0
+        except BrokenPipeError:
+            return _closed_pipe()
+        except KeyboardInterrupt:
+            return 130
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # typer's own answer to a closed pipe is exit 1
+                return _closed_pipe()
+            raise
+        except Exception as error:  # the last line of defence: nothing above this would show the user a sentence
+            if console.settings().debug:
+                import traceback
+
+                traceback.print_exc(file=sys.stderr)
+            return explain(error, given)
+
+
+def _closed_pipe() -> int:
+    """Whoever read our output has enough: end quietly, also when Python flushes its streams at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def explain(error: Exception, given: Iterable[str] = ()) -> int:
+    """Print an error as what came, what was expected, what to do. Returns its exit code."""
+    console.finish()
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EDQUOT,
+    ):
+        error = EnvironmentFault(f"{error.filename or 'disk'}: {(error.strerror or str(error)).lower()}")
+    code = getattr(error, "exit_code", None)
+    if not isinstance(code, int):
+        return _internal(error, given)
+    message, hint = str(error), getattr(error, "hint", None)
+    problems = getattr(error, "problems", ())
+    if isinstance(error, typer.TyperException):
+        message, hint = _usage(error)
+    if code == 75:
+        console.info(message)
+    for problem in problems:
+        console.error(str(problem), excerpt=problem.place.excerpt())
+    if not problems and code != 75:
+        console.error(message)
+    if hint:
+        console.hint(hint)
+    if len(problems) > 1:
+        sources = dict.fromkeys(str(problem.place.source).partition(": ")[0] for problem in problems)
+        console.info(f"{len(problems)} errors in {', '.join(sources)}; nothing was started")
+    place = problems[0].place if problems else None
+    details = {"kind": type(error).__name__, "message": message, "file": place.source if place else None}
+    details |= {"line": place.line if place else None, "column": place.column if place else None, "hint": hint}
+    console.failure(details, code)
+    return code
+
+
+def _usage(error: Any) -> tuple[str, str | None]:
+    """Return message and hint of a mistake on the command line."""
+    context = getattr(error, "ctx", None)
+    hint = f"{context.command_path} --help" if context else None
+    option = getattr(error, "option_name", None)
+    if option and hasattr(error, "possibilities"):
+        near = get_close_matches(option, error.possibilities or [], 1, 0.5)
+        return f"{option}: no such option" + (f"; did you mean {near[0]}?" if near else ""), None if near else hint
+    message = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".").replace("'", "`")
+    return message[:1].lower() + message[1:], hint
+
+
+def _internal(error: Exception, given: Iterable[str]) -> int:
+    """Write a crash report without any data, and say where it is."""
+    import importlib.metadata
+    import platform
+    import tempfile
+    import traceback
+
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    versions = [f"python {platform.python_version()} on {platform.platform()}"]
+    for name in ("megalodon-lm", "torch", "triton", "numpy", "typer", "pydantic"):
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name} not installed")
+    command = next((text for text in given if not text.startswith("-")), "")
+    report = Path(tempfile.gettempdir()) / f"megalodon-crash-{os.getpid()}.txt"
+    trace = "".join(traceback.format_exception(error))
+    report.write_text("\n".join([f"megalodon {command}", *versions, "", trace]), encoding="utf-8")
+    where = f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno}"
+    message = f"internal: {type(error).__name__}: {error} in {where}; this is a bug. Details: {report}"
+    console.error(" ".join(message.split()))
+    console.failure({"kind": "internal", "message": message, "hint": None}, 1)
+    return 1
+
+
+def _take(param: typer.CallbackParam, value: Any) -> Any:
+    """Store an option that holds everywhere."""
+    if value not in (None, False) and param.name:
+        setattr(console.settings(), param.name, value)
+    if param.name == "color" and value in ("always", "never"):  # rich, which draws the help, listens to these
+        os.environ["NO_COLOR" if value == "never" else "FORCE_COLOR"] = "1"
+        os.environ.pop("FORCE_COLOR" if value == "never" else "NO_COLOR", None)
+    return value
+
+
+def _version(value: bool) -> None:
+    if value:
+        import importlib.metadata
+
+        console.result(f"megalodon {importlib.metadata.version('megalodon-lm')}")
+        raise typer.Exit
+
+
+EVERYWHERE = {"json", "quiet", "verbose", "debug", "log_file", "color", "version"}
+PANEL = "Everywhere"
+
+app = typer.Typer(
+    cls=Shell,
+    epilog=EXIT_CODES,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
+
+
+@app.callback()
+def everywhere(
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            callback=_take,
+            is_eager=True,
+            rich_help_panel=PANEL,
+            help="Print one JSON document (all commands but pretrain).",
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", callback=_take, is_eager=True, rich_help_panel=PANEL, help="Hide progress and notes."
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", callback=_take, is_eager=True, rich_help_panel=PANEL, help="Say more.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", callback=_take, is_eager=True, rich_help_panel=PANEL, help="Show the traceback of an error."
+        ),
+    ] = False,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--log-file",
+            callback=_take,
+            is_eager=True,
+            metavar="FILE",
+            rich_help_panel=PANEL,
+            help="Also append messages to this file.",
+        ),
+    ] = None,
+    color: Annotated[
+        Literal["auto", "always", "never"] | None,
+        typer.Option(
+            "--color",
+            callback=_take,
+            is_eager=True,
+            rich_help_panel=PANEL,
+            help="Colours; auto, the default: on a terminal.",
+        ),
+    ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, rich_help_panel=PANEL, help="Print the version."),
+    ] = False,
+) -> None:
+    """Train, run and study Megalodon long-context language models.
+
+    [bold]Start:[/bold] megalodon pretrain quickstart, then megalodon generate quickstart -p "def read_file(path):"
+    """
+
+
+app.command("tokenize", rich_help_panel="Data")(tokenize)
+app.add_typer(recipes, cls=Shell, name="recipes", rich_help_panel="Data")
+app.command("pretrain", rich_help_panel="Model")(pretrain)
+app.command("generate", rich_help_panel="Run")(generate)
+app.add_typer(runs, cls=Shell, name="runs", rich_help_panel="Run")
+app.command("doctor", rich_help_panel="Run")(doctor)
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    app()

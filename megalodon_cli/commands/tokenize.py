@@ -1,0 +1,368 @@
+"""`megalodon tokenize`: text to tokens, and a look at what came out. Not here: how (megalodon/data)."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from megalodon.errors import InputError
+from megalodon_cli import console, recipe_files
+
+if TYPE_CHECKING:
+    from megalodon.data.ingest import CorpusConfig
+    from megalodon.data.prepare import Prepared, Progress
+    from megalodon.data.tokenizer import TokenizerConfig
+
+FormatName = Literal["auto", "text", "jsonl", "parquet", "csv", "arrow"]
+DocumentName = Literal["file", "line", "blank-line"]
+_SHOWN_TOKENS = 64
+
+
+def tokenize(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE [key=value …] | DIR]",
+            help="A recipe with changes; or the token store to look at with --stats, --inspect and --verify.",
+            autocompletion=recipe_files.complete,
+        ),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="File, folder, glob, `-` or hf:ORG/NAME; repeatable.", rich_help_panel="Data"),
+    ] = None,
+    format: Annotated[
+        FormatName, typer.Option(help="What the input is; auto goes by suffix.", rich_help_panel="Data")
+    ] = "auto",
+    field: Annotated[
+        str, typer.Option(help="The column that holds the text (not for plain text).", rich_help_panel="Data")
+    ] = "text",
+    document: Annotated[
+        DocumentName, typer.Option(help="What a document is in plain text.", rich_help_panel="Data")
+    ] = "file",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="`bytes`, or a SentencePiece FILE.model.", rich_help_panel="Model")
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train a SentencePiece tokenizer on the input.", rich_help_panel="Model")
+    ] = False,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Ids of the trained tokenizer; 32000 if left out.", rich_help_panel="Model")
+    ] = None,
+    model_type: Annotated[
+        Literal["bpe", "unigram"] | None,
+        typer.Option(help="Algorithm of the trained tokenizer; bpe if left out.", rich_help_panel="Model"),
+    ] = None,
+    valid: Annotated[
+        str | None,
+        typer.Option(
+            help="Part of the documents kept for validation, such as 0.5% (which it is if left out).",
+            rich_help_panel="Run",
+        ),
+    ] = None,
+    dedup: Annotated[
+        Literal["none", "exact"] | None,
+        typer.Option(help="Drop documents whose text came before; none if left out.", rich_help_panel="Run"),
+    ] = None,
+    no_bos: Annotated[
+        bool, typer.Option("--no-bos", help="Do not begin documents with BOS.", rich_help_panel="Run")
+    ] = False,
+    no_eos: Annotated[
+        bool, typer.Option("--no-eos", help="Do not end documents with EOS.", rich_help_panel="Run")
+    ] = False,
+    on_error: Annotated[
+        str | None,
+        typer.Option(help="`fail` (if left out), or skip:N to tolerate N bad documents.", rich_help_panel="Run"),
+    ] = None,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out-dir", "--output-dir", "-o", help="Where the store goes.", rich_help_panel="Output"),
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show ledger and document lengths of DIR.", rich_help_panel="Output")
+    ] = False,
+    inspect: Annotated[
+        int, typer.Option(help="Show the tokens of the first N documents of DIR.", min=0, rich_help_panel="Output")
+    ] = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check sizes, hashes and ids of DIR.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Turn text into a token store: shards of tokens with a hashed manifest, a validation part, the tokenizer.
+
+    What is there already and fits is kept; what does not fit is refused. Every document and token is accounted for.
+
+    Examples:
+
+        megalodon tokenize quickstart
+
+        megalodon tokenize --input corpora/books --train --vocab-size 8192 -o data/books
+
+        megalodon tokenize --stats data/books
+    """
+    from megalodon.data.ingest import CorpusConfig
+
+    names, changes = recipe_files.split(arguments or [])
+    if stats or inspect or verify:
+        given = [flag for flag, on in (("--stats", stats), ("--inspect", inspect), ("--verify", verify)) if on]
+        if len(given) > 1 or inputs or changes or len(names) != 1:
+            raise InputError(f"{given[0]} looks at one token store; expected `megalodon tokenize {given[0]} DIR`")
+        directory = Path(names[0])
+        return _stats(directory) if stats else _verify(directory) if verify else _inspect(directory, inspect)
+    common = _common(valid, dedup, no_bos, no_eos, on_error)
+    if inputs:
+        if names or changes:
+            raise InputError(f"--input and the recipe `{(names + changes)[0]}` are both given; expected one of them")
+        if out_dir is None:
+            raise InputError("no directory for the store; give -o DIR")
+        chosen = _tokenizer_config(tokenizer, train, vocab_size, model_type)
+        reading = {"format": format, "field": field, "document": document}
+        with _Stdin() as stdin:
+            sources = _sources(inputs, reading, stdin)
+            return _run(_checked(CorpusConfig, {**common, "sources": sources}), chosen, out_dir)
+    if not names:
+        raise InputError("nothing to do; give a RECIPE, or --input PATH with -o DIR", hint="megalodon tokenize --help")
+    flags = (("--tokenizer", tokenizer), ("--train", train), ("--vocab-size", vocab_size), ("--model-type", model_type))
+    other = (("--format", format != "auto"), ("--field", field != "text"), ("--document", document != "file"))
+    if wrong := [flag for flag, value in (*flags, *other) if value]:
+        raise InputError(f"{wrong[0]} belongs to --input; with a recipe change its keys, such as tokenizer.kind=bytes")
+    _from_recipe(names, [*_as_changes(common), *changes], out_dir)
+
+
+def _common(valid: str | None, dedup: str | None, no_bos: bool, no_eos: bool, on_error: str | None) -> dict[str, Any]:
+    """The options that mean the same with and without a recipe, as keys of its data section."""
+    keys: dict[str, Any] = {}
+    if valid is not None:
+        keys["valid"] = {"fraction": valid if valid.strip().endswith("%") else _number(valid)}
+    if dedup is not None:
+        keys["dedup"] = dedup
+    if no_bos:
+        keys["bos"] = False
+    if no_eos:
+        keys["eos"] = False
+    if on_error is not None:
+        keys["on_error"] = on_error
+    return keys
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--valid is `{text}`; expected a share such as 0.005 or 0.5%") from None
+
+
+def _as_changes(common: dict[str, Any]) -> list[str]:
+    flat = {**common, **{"valid.fraction": common["valid"]["fraction"]}} if "valid" in common else common
+    shown = {True: "true", False: "false"}
+    return [
+        f"data.{key}={shown[value] if isinstance(value, bool) else value}"
+        for key, value in flat.items()
+        if not isinstance(value, dict)
+    ]
+
+
+def _checked(cls: "type[CorpusConfig]", values: dict[str, Any]) -> "CorpusConfig":
+    """Build a configuration from options. Raises: InputError for the first value that does not fit."""
+    import pydantic
+
+    try:
+        return cls.model_validate(values)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
+        raise InputError(f"{option}: `{first['input']}`: {first['msg'].lower()}") from None
+
+
+def _tokenizer_config(
+    tokenizer: str | None, train: bool, vocab_size: int | None, model_type: Literal["bpe", "unigram"] | None
+) -> "TokenizerConfig":
+    from megalodon.data.tokenizer import TokenizerConfig
+
+    if train == (tokenizer is not None):
+        came = "both --tokenizer and --train are given" if train else "no tokenizer"
+        raise InputError(f"{came}; give --tokenizer bytes, --tokenizer FILE.model, or --train --vocab-size N")
+    if not train and (vocab_size is not None or model_type is not None):
+        raise InputError("--vocab-size and --model-type are for a tokenizer that is trained; add --train or drop them")
+    if vocab_size is not None and vocab_size < 1:
+        raise InputError(f"--vocab-size is {vocab_size}; expected a number of ids above 0")
+    if tokenizer == "bytes":
+        return TokenizerConfig(kind="bytes")
+    if tokenizer is not None:
+        return TokenizerConfig(path=tokenizer)
+    fields = TokenizerConfig.model_fields
+    return TokenizerConfig(
+        vocab_size=vocab_size or fields["vocab_size"].default, model_type=model_type or fields["model_type"].default
+    )
+
+
+class _Stdin:
+    """Holds what came on stdin in a temporary file while it is needed: text is read more than once."""
+
+    def __enter__(self) -> "_Stdin":
+        import tempfile
+
+        self._folder = tempfile.TemporaryDirectory(prefix="megalodon-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def spool(self) -> Path:
+        """Copy stdin to a file named `stdin` and return its path."""
+        import shutil
+
+        path = Path(self._folder.name) / "stdin"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        return path
+
+
+def _sources(inputs: Sequence[str], reading: dict[str, str], stdin: _Stdin) -> tuple[dict[str, Any], ...]:
+    """Return one source for each --input, named after its last part."""
+    import re
+
+    if inputs.count("-") > 1:
+        raise InputError("--input - is given twice; stdin can be read once")
+    sources: list[dict[str, Any]] = []
+    for text in inputs:
+        base = "stdin" if text == "-" else Path(text.removeprefix("hf:")).stem
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", base).strip("-") or "input"
+        taken = [source["name"] for source in sources]
+        unique = (
+            name if name not in taken else next(f"{name}-{n}" for n in range(2, 10**6) if f"{name}-{n}" not in taken)
+        )
+        entry: dict[str, Any] = {"name": unique, **reading}
+        if text == "-":
+            entry |= {"path": stdin.spool(), "format": "text" if reading["format"] == "auto" else reading["format"]}
+        elif text.startswith("hf:"):
+            entry |= {"hf": text.removeprefix("hf:")}
+        else:
+            entry |= {"path": Path(text)}
+        sources.append(entry)
+    return tuple(sources)
+
+
+def _from_recipe(names: list[str], changes: list[str], out_dir: Path | None) -> None:
+    from megalodon.recipe import RunConfig
+
+    config = recipe_files.load(names, changes).config
+    if not isinstance(config, RunConfig):
+        raise InputError(f"{names[-1]} is a {config.kind} recipe; expected one of kind pretrain")
+    _run(config.data, config.tokenizer, out_dir or config.data.dir or Path("data") / config.name)
+
+
+def _run(data: "CorpusConfig", tokenizer: "TokenizerConfig", directory: Path) -> None:
+    """Build or open the store, with progress, and print its ledger."""
+    import time
+
+    from megalodon.data.prepare import prepare_store
+
+    began = time.perf_counter()
+    with console.Progress() as live:
+
+        def progress(report: "Progress") -> None:
+            live.update(_progress_line(report, time.perf_counter() - began))
+
+        prepared = prepare_store(data, tokenizer, directory, progress)
+    for note in prepared.notes:
+        console.info(note)
+    if prepared.up_to_date:
+        console.note(f"{directory} is up to date ({prepared.train.fingerprint[:8]})")
+    for line in prepared.ledger.lines():
+        console.result(line)
+    if not prepared.up_to_date:
+        console.result(
+            f"store      {directory} ({prepared.train.fingerprint[:8]}, vocabulary {prepared.train.vocab_size:,})"
+        )
+    if not prepared.ledger.valid:
+        console.note("no document was kept for validation; raise --valid, or train with data.valid.path")
+    console.document("tokenize", _summary(directory, prepared))
+
+
+def _progress_line(report: "Progress", seconds: float) -> str:
+    if report.stage == "tokenizer":
+        return f"training the tokenizer on up to {report.total_bytes or 0:,} bytes"
+    speed = report.bytes / max(seconds, 1e-9)
+    left = f", {max(0, report.total_bytes - report.bytes) / max(speed, 1.0):.0f} s left" if report.total_bytes else ""
+    return (
+        f"{report.documents:,} documents, {report.bytes / 1e6:,.1f} MB, {report.tokens:,} tokens, "
+        f"{speed / 1e6:.1f} MB/s{left}"
+    )
+
+
+def _summary(directory: Path, prepared: "Prepared") -> dict[str, Any]:
+    return {
+        "directory": str(directory),
+        "fingerprint": prepared.train.fingerprint,
+        "up_to_date": prepared.up_to_date,
+        "vocab_size": prepared.train.vocab_size,
+        "tokenizer": {"kind": prepared.tokenizer.kind, "sha256": prepared.tokenizer.sha256},
+        "ledger": prepared.ledger._asdict(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ looking
+
+
+def _stats(directory: Path) -> None:
+    import numpy as np
+
+    from megalodon.data.prepare import open_prepared
+
+    prepared = open_prepared(directory)
+    for line in prepared.ledger.lines():
+        console.result(line)
+    rows = [["part", "source", "tokens", "documents", "bytes"]]
+    for part, store in (("train", prepared.train), ("valid", prepared.valid)):
+        for name in store.sources:
+            own = store.source(name)
+            rows.append([part, name, f"{own.num_tokens:,}", f"{own.num_documents:,}", f"{own.text_bytes:,}"])
+    console.result()
+    console.table(rows, right=(2, 3, 4))
+    lengths = np.concatenate([prepared.train.lengths(), prepared.valid.lengths()])
+    powers, counts = np.unique(np.floor(np.log2(lengths)).astype(int), return_counts=True)
+    histogram = {f"{2**power}": int(count) for power, count in zip(powers.tolist(), counts.tolist(), strict=True)}
+    console.result()
+    longest = max(histogram.values())
+    shown = [
+        [f"{int(low):,} to {2 * int(low) - 1:,}", f"{n:,}", "█" * -(-30 * n // longest)] for low, n in histogram.items()
+    ]
+    console.table([["tokens", "documents", ""], *shown], right=(0, 1))
+    console.document("tokenize", {**_summary(directory, prepared), "lengths": histogram})
+
+
+def _inspect(directory: Path, count: int) -> None:
+    from megalodon.data.prepare import open_prepared
+
+    prepared = open_prepared(directory)
+    store, tokenizer = prepared.train, prepared.tokenizer
+    begins = store.starts()[:count].tolist()
+    ends = (
+        [*begins[1:], store.num_tokens]
+        if len(begins) == store.num_documents
+        else store.starts()[1 : count + 1].tolist()
+    )
+    rows = []
+    for begin, end in zip(begins, ends, strict=True):
+        ids = store.tokens(begin, min(end, begin + _SHOWN_TOKENS)).tolist()
+        names = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
+        pieces = [names.get(i) or tokenizer.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids]
+        rows.append({"start": begin, "tokens": end - begin, "ids": ids, "pieces": pieces})
+        visible = "|".join(piece.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") for piece in pieces)
+        more = f"| … {end - begin - len(ids):,} more" if end - begin > len(ids) else ""
+        console.result(f"document at {begin:,}, {end - begin:,} tokens: {visible}{more}")
+    console.document("tokenize", {"directory": str(directory), "documents": rows})
+
+
+def _verify(directory: Path) -> None:
+    from megalodon.data.prepare import verify_prepared
+
+    prepared = verify_prepared(directory)
+    tokens = prepared.train.num_tokens + prepared.valid.num_tokens
+    console.result(
+        f"{directory}: {tokens:,} tokens, sizes, hashes, ids and ledger agree ({prepared.train.fingerprint[:8]})"
+    )
+    console.document("tokenize", _summary(directory, prepared))

@@ -1,0 +1,259 @@
+"""The one module that prints: results to stdout, everything else to stderr.
+
+    from megalodon_cli import console
+
+    console.result("text")                  a line of the result, on stdout
+    console.write("par"), console.write("t")    pieces of a result, flushed at once (streamed text)
+    console.table([["name", "loss"], …])    aligned columns on stdout; the first row is the header
+    console.document("evaluate", {…})       with --json: the one document `megalodon/evaluate/1`, on stdout
+    console.wants_json()                    whether --json was given; then print only the document
+    console.info("text")                    a plain line on stderr (progress, timing); hidden by -q
+    console.note("text")                    `note: text` on stderr; hidden by -q
+    console.detail("text")                  a plain line on stderr, only with -v
+    console.warning("text")                 `warning: text` on stderr, once; the number of repetitions comes last
+    console.error("…"), console.hint("…")   `error: …`, `hint: …`: commands raise instead, app.py calls these
+    with console.Progress() as progress:    one live line on a terminal, a plain line per call elsewhere
+        progress.update("step 1/240 …")
+        progress.line("saved step 120")     a line of its own that stays
+
+`result`, `write` and `table` print nothing under --json. Streams that cannot encode a character get ASCII; NO_COLOR and
+TERM=dumb are obeyed. Not here: what a message says.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TextIO
+
+Color = Literal["auto", "always", "never"]
+Mark = Literal["ok", "bad", "skipped"]
+
+
+@dataclass
+class Settings:
+    """What the options of the whole command line ask of the output."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+    color: Color = "auto"
+    log_file: Path | None = None
+    warnings: Counter[str] = field(default_factory=Counter)
+    """Every warning so far and how often it came."""
+
+
+_settings = Settings()
+
+
+def configure(settings: Settings) -> None:
+    """Take over the settings of this command; called by app.py before a command runs."""
+    global _settings
+    _settings = settings
+
+
+def settings() -> Settings:
+    """Return the settings of this command."""
+    return _settings
+
+
+def wants_json() -> bool:
+    """Return whether the result is to be one JSON document."""
+    return _settings.json
+
+
+_ASCII = {
+    "✓": "ok",
+    "✗": "x",
+    "–": "-",
+    "·": "-",
+    "…": "...",
+    "×": "x",
+    "±": "+-",
+    "→": "->",
+    "█": "#",
+    "─": "-",
+    "│": "|",
+}
+_ASCII |= {"•": "*", "└": "+", "┤": "|", "≤": "<=", "≥": ">="}
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        plain = "".join(_ASCII.get(c, c) if ord(c) > 127 else c for c in text)
+        return plain.encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+def _emit(stream: TextIO, text: str, end: str = "\n") -> None:
+    print(_encodable(text, stream), end=end, file=stream, flush=True)
+
+
+def _colored(stream: TextIO) -> bool:
+    if _settings.color != "auto":
+        return _settings.color == "always"
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _paint(text: str, code: str, stream: TextIO) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if _colored(stream) else text
+
+
+def _message(text: str, label: str = "", code: str = "") -> None:
+    """A line on stderr, and the same without colour in the log file."""
+    plain = f"{label}: {text}" if label else text
+    if _settings.log_file:
+        with _settings.log_file.open("a", encoding="utf-8") as log:
+            log.write(plain + "\n")
+    if _live:
+        _live[-1].clear()
+    _emit(sys.stderr, f"{_paint(label + ':', code, sys.stderr)} {text}" if label else text)
+
+
+def result(text: str = "") -> None:
+    """Print a line of the result."""
+    if not _settings.json:
+        _emit(sys.stdout, text)
+
+
+def write(text: str) -> None:
+    """Print a piece of the result without a line's end, at once."""
+    if not _settings.json:
+        _emit(sys.stdout, text, end="")
+
+
+def info(text: str) -> None:
+    """Print a plain line beside the result; `-q` hides it."""
+    if not _settings.quiet:
+        _message(text)
+
+
+def note(text: str) -> None:
+    """Print something worth knowing; `-q` hides it."""
+    if not _settings.quiet:
+        _message(text, "note", "36")
+
+
+def detail(text: str) -> None:
+    """Print a plain line that only `-v` shows."""
+    if _settings.verbose:
+        _message(text)
+
+
+def warning(text: str) -> None:
+    """Print a warning once; `finish` says how often it came."""
+    _settings.warnings[text] += 1
+    if _settings.warnings[text] == 1:
+        _message(text, "warning", "33;1")
+
+
+def error(text: str, excerpt: str = "") -> None:
+    """Print an error and the source line it stands in."""
+    _message(text, "error", "31;1")
+    if excerpt:
+        _message(excerpt)
+
+
+def hint(text: str) -> None:
+    """Print what helps against the error above."""
+    _message(text, "hint", "36")
+
+
+def finish() -> None:
+    """Say how often the repeated warnings came; called by app.py when a command ends."""
+    for text, count in _settings.warnings.items():
+        if count > 1:
+            _message(f"{text} ({count} times)", "warning", "33;1")
+    _settings.warnings.clear()
+
+
+def document(kind: str, result: Any) -> None:
+    """Print the JSON document of a command, if --json was given."""
+    if _settings.json:
+        warnings = [{"text": text, "count": count} for text, count in _settings.warnings.items()]
+        shown = {"schema": f"megalodon/{kind}/1", "ok": True, "result": result, "warnings": warnings}
+        _emit(sys.stdout, json.dumps(shown, ensure_ascii=False))
+
+
+def failure(problem: Mapping[str, Any], exit_code: int) -> None:
+    """Print the JSON document of a failure, if --json was given."""
+    if _settings.json:
+        _emit(sys.stdout, json.dumps({"ok": False, "error": problem, "exit_code": exit_code}, ensure_ascii=False))
+
+
+def mark(kind: Mark) -> str:
+    """Return ✓, ✗ or –, coloured on a terminal."""
+    sign, code = {"ok": ("✓", "32"), "bad": ("✗", "31;1"), "skipped": ("–", "2")}[kind]
+    return _paint(sign, code, sys.stdout)
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Print aligned columns; the first row is the header, columns numbered in `right` are aligned to the right."""
+    if _settings.json or not rows:
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        line = "  ".join(cells).rstrip()
+        _emit(sys.stdout, line if number else _paint(line, "1", sys.stdout))
+
+
+def width() -> int:
+    """Return the width of the terminal, in characters; 100 where there is none."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+_live: list["Progress"] = []
+
+
+class Progress:
+    """One live line on a terminal, redrawn by every `update`; a plain line per call elsewhere; nothing with `-q`."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._shown = ""
+
+    def update(self, text: str) -> None:
+        """Show where the work stands."""
+        if _settings.quiet:
+            return
+        if not self._terminal:
+            _message(text)
+            return
+        self._shown = text[: width() - 1]
+        _emit(sys.stderr, f"\r\x1b[2K{self._shown}", end="")
+
+    def line(self, text: str) -> None:
+        """Print a line that stays, above the live one."""
+        if not _settings.quiet:
+            shown = self._shown
+            _message(text)
+            if shown:
+                self.update(shown)
+
+    def clear(self) -> None:
+        """Remove the live line; the next `update` draws it again."""
+        if self._shown:
+            _emit(sys.stderr, "\r\x1b[2K", end="")
+            self._shown = ""
+
+    def __enter__(self) -> Self:
+        _live.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:  # the last state stays on the screen
+            _emit(sys.stderr, "")
+            self._shown = ""
+        _live.remove(self)

@@ -1,0 +1,234 @@
+"""`megalodon pretrain`: from text to a model directory, stopped and continued, and what it refuses."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import megalodon
+from megalodon.checkpoint.store import RunLock
+from megalodon_cli.app import app
+
+SIZES = {"model_dim": 24, "z_dim": 12, "num_heads": 2, "value_dim": 34, "ffn_hidden_dim": 29, "cema_ndim": 3}
+TINY = [
+    *(f"model.{key}={value}" for key, value in SIZES.items()),
+    *("model.norm_num_groups=4", "model.chunk_size=10", "data.seq_len=37", "train.batch_tokens=148"),
+    *("train.max_steps=6", "eval.tokens=300", "eval.every=2", "eval.samples.max_new_tokens=5"),
+    *("checkpoint.every=2", "log.every=1"),
+]
+TIMES = {"tok_per_s", "seconds", "data_seconds", "peak_share", "memory"}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory for this test with the data all tests share, and no time spent on measuring this machine."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("with space"))
+    shared = tmp_path_factory.getbasetemp() / "pretrain-data"
+    shared.mkdir(exist_ok=True)
+    Path("data").symlink_to(shared)
+    monkeypatch.setattr("megalodon.training.metrics.matmul_peak", lambda *_: 1e9)
+
+
+def pretrain(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["pretrain", "debug", *TINY, *arguments])
+
+
+def metrics(run: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def record(run: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(run, "run.json").read_text())
+    return found
+
+
+def test_a_run_leaves_a_model_a_curve_and_the_next_commands() -> None:
+    done = pretrain()
+    assert done.exit_code == 0, done.output
+    assert "done: 6/6 steps, 888 tokens" in done.stdout
+    assert "unigram model of the same tokens: " in done.stdout
+    assert "  sample: the |" in done.stdout
+    assert "megalodon generate debug -p TEXT" in done.stdout
+    assert "step 3/6  50.0%  loss " in done.stderr
+    assert "documents  read 512 = kept 512" in done.stderr
+    run = Path("runs/debug")
+    names = {path.name for path in run.iterdir()}
+    expected = {"run.json", "recipe.yaml", "metrics.jsonl", "environment.json", "command.txt", "checkpoints", "model"}
+    assert names == expected | {"lock.json"}
+    assert (record("runs/debug")["status"], record("runs/debug")["step"]) == ("finished", 6)
+    rows = metrics("runs/debug")
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 2, 4, 6]
+    assert list(rows[0]["by_position"]) == ["1", "2", "4", "8", "16", "32", "37"]
+    assert megalodon.load(run / "model").num_parameters() == record("runs/debug")["parameters"]
+    assert record("runs/debug")["bits_per_byte"] == rows[-2]["bits_per_byte"]
+    assert "max_steps: 6" in (run / "recipe.yaml").read_text() and "# command line" in (run / "recipe.yaml").read_text()
+
+
+def test_a_finished_run_says_so_and_goes_on_with_a_longer_horizon() -> None:
+    pretrain("--max-steps", "2")
+    again = pretrain("--max-steps", "2")
+    assert (again.exit_code, again.stdout.splitlines()[0]) == (0, "runs/debug is finished: 2 steps")
+    longer = pretrain("--max-steps", "3")
+    assert longer.exit_code == 0, longer.output
+    assert "note: horizon 2 -> 3 steps; lr of step 3: " in longer.stderr
+    assert "resuming at step 2 (296 tokens seen)" in longer.stderr
+    assert "done: 3/3 steps" in longer.stdout
+
+
+def test_a_stopped_run_continues_as_if_nothing_had_happened() -> None:
+    assert pretrain("-o", "whole").exit_code == 0
+    stopped = pretrain("-o", "parts", "--stop-at-step", "3")
+    assert stopped.exit_code == 0 and record("parts")["status"] == "stopped"
+    assert "step 3 was asked for: 3/6 steps" in stopped.stdout and "validation" not in stopped.stdout
+    assert not Path("parts/model").exists()
+    assert pretrain("-o", "parts").exit_code == 0
+    assert metrics("parts") == metrics("whole")
+    weights = [Path(run, "model/model.safetensors").read_bytes() for run in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_finishes_the_step_saves_and_ends_with_75(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    from megalodon.training.loop import Trainer
+
+    step = Trainer.train_step
+
+    def interrupted(trainer: Trainer) -> dict[str, Any]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), number)
+        return step(trainer)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    done = pretrain()
+    assert done.exit_code == 75, done.output
+    assert f"{number.name}: stopping after step 3: saved; the same command continues" in done.stderr
+    assert (record("runs/debug")["status"], record("runs/debug")["step"]) == ("stopped", 3)
+    assert signal.getsignal(number) == before
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert "resuming at step 3" in pretrain().stderr
+
+
+def test_the_second_signal_ends_at_once_and_the_run_can_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megalodon.training.loop import Trainer
+
+    step = Trainer.train_step
+
+    def interrupted(trainer: Trainer) -> dict[str, Any]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert pretrain().exit_code == 143
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert "resuming at step 2" in pretrain().stderr
+
+
+def test_a_signal_before_the_first_step_ends_without_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("megalodon.data.prepare.prepare_store", interrupted)
+    assert pretrain().exit_code == 130
+    assert not Path("runs").exists()
+
+
+def test_the_clock_stops_a_run_with_75() -> None:
+    done = pretrain("--max-time", "0s")
+    assert done.exit_code == 75
+    assert "--max-time 0 s: stopping after step 0: nothing to save yet" in done.stderr
+
+
+def test_changes_are_said_and_kept() -> None:
+    done = pretrain("optim.lr=1e-2", "--stop-at-step", "1")
+    assert "override: optim.lr 0.003 -> 0.01" in done.stderr
+    assert "lr: 0.01" in Path("runs/debug/recipe.yaml").read_text()
+    refused = pretrain("--stop-at-step", "2")
+    assert refused.exit_code == 2
+    assert "runs/debug holds another run: optim.lr is 0.01 there, 0.003 here" in refused.stderr
+    allowed = pretrain("--stop-at-step", "2", "--allow-change", "optim.lr")
+    assert allowed.exit_code == 0
+    assert record("runs/debug")["allowed"] == [{"optim.lr": [0.01, 0.003]}]
+
+
+def test_the_saved_recipe_continues_the_run() -> None:
+    pretrain("--stop-at-step", "1")
+    done = CliRunner().invoke(app, ["pretrain", "runs/debug/recipe.yaml", "-o", "runs/debug"])
+    assert done.exit_code == 0, done.output
+    assert "resuming at step 1" in done.stderr
+
+
+REFUSED = {
+    "two horizons": (["--max-steps", "3", "--max-tokens", "300"], "not both"),
+    "a mistyped key": (["optim.beta=1"], "did you mean `betas`?"),
+    "an unknown option": (["--max-step", "3"], "no such option"),
+    "a time without unit": (["--max-time", "soon"], "--max-time: `soon` is not a time such as 90s"),
+    "a device": (["--device", "tpu"], "--device tpu: expected auto, cpu"),
+    "a batch": (["train.batch_tokens=150"], "150 is not a multiple of data.seq_len 37"),
+    "a micro-batch": (["train.micro_batch=3"], "train.micro_batch 3 does not divide the 4 sequences"),
+    "what is not there yet": (["train.compile=true", "optim.ema=0.9"], "train.compile true is not available"),
+    "llama": (["model.arch=llama"], "model.arch llama is not available"),
+    "other weights": (["model.init_from=runs/x"], "model.init_from runs/x is not available"),
+    "no data": (["--no-prepare", "data.dir=none"], "none holds no token store"),
+    "no validation text": (["data.valid.fraction=0.0", "data.dir=no-valid"], "too few to validate on"),
+    "windows that are too long": (
+        ["data.seq_len=1000000", "train.batch_tokens=1M"],
+        "one window of data.seq_len 1,000,000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_one_message_exit_2_and_no_run(name: str) -> None:
+    arguments, said = REFUSED[name]
+    done = pretrain(*arguments)
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+    assert "Traceback" not in done.output
+    assert not Path("runs").exists()
+
+
+def test_recipes_that_are_none_are_refused() -> None:
+    for arguments, said in (
+        (["optim.lr=1"], "no recipe; expected a shipped name"),
+        (["deubg"], "did you mean debug?"),
+        (["books-tiny"], "data.sources.books.path is required"),
+        (["finetune-lora"], "kind is finetune, expected pretrain"),
+    ):
+        done = CliRunner().invoke(app, ["pretrain", *arguments])
+        assert done.exit_code == 2 and said in done.stderr, done.output
+    assert not Path("runs").exists()
+
+
+def test_directories_that_are_no_run_or_somebody_elses_are_left_alone() -> None:
+    Path("thesis").mkdir()
+    Path("thesis/chapter.tex").touch()
+    foreign = pretrain("-o", "thesis")
+    assert foreign.exit_code == 2 and "holds chapter.tex; choose another -o" in foreign.stderr
+    assert [path.name for path in Path("thesis").iterdir()] == ["chapter.tex"]
+    pretrain("--stop-at-step", "1")
+    never = pretrain("--resume", "never")
+    assert never.exit_code == 2 and "runs/debug holds a run" in never.stderr
+    with RunLock(Path("runs/debug")):
+        held = pretrain()
+    assert held.exit_code == 2 and f"is held by process {os.getpid()} on " in held.stderr
+
+
+def test_a_run_whose_loss_is_not_finite_ends_with_5_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megalodon.training.loop import Trainer
+
+    monkeypatch.setattr(Trainer, "_gradient", lambda trainer, batch: (9, float("nan")))
+    done = pretrain()
+    assert done.exit_code == 5
+    assert "error: step 3: loss nan" in done.stderr
+    assert record("runs/debug")["status"] == "failed"
+    assert "step 3: loss nan" in record("runs/debug")["error"]

@@ -1,0 +1,139 @@
+"""`megalodon tokenize` in process: what it writes, prints and refuses."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from megalodon_cli.app import app
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with one text of 300 lines."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("".join(f"line {n} of the text\n" for n in range(300)))
+    return tmp_path
+
+
+def run(*arguments: str, stdin: bytes | None = None) -> Result:
+    return CliRunner().invoke(app, ["tokenize", *arguments], input=stdin)
+
+
+PLAIN = ("--input", "text.txt", "--document", "line", "--tokenizer", "bytes", "-o", "out")
+
+
+def test_text_to_tokens_and_then_up_to_date(work: Path) -> None:
+    first = run(*PLAIN, "--valid", "10%")
+    assert first.exit_code == 0, first.stderr
+    assert "documents  read 300 = kept 300 + empty 0 + duplicate 0 + rejected 0" in first.stdout
+    assert "text: 1 file, text (document: line)" in first.stderr
+    assert sorted(os.listdir("out")) == ["00000.bin", "00000.idx", "manifest.json", "tokenizer", "valid"]
+    again = run(*PLAIN, "--valid", "10%")
+    assert again.exit_code == 0
+    assert "note: out is up to date (" in again.stderr
+    assert again.stdout.splitlines()[:2] == first.stdout.splitlines()[:2]
+
+
+def test_training_a_tokenizer_and_using_it_again(work: Path) -> None:
+    trained = run("--input", "text.txt", "--document", "line", "--train", "--vocab-size", "310", "-o", "a")
+    assert trained.exit_code == 0, trained.stderr
+    assert "vocabulary 310" in trained.stdout
+    used = run("--input", "text.txt", "--document", "line", "--tokenizer", "a/tokenizer/tokenizer.model", "-o", "b")
+    assert used.exit_code == 0, used.stderr
+    assert Path("a/00000.bin").read_bytes() == Path("b/00000.bin").read_bytes()
+
+
+def test_stdin_is_an_input(work: Path) -> None:
+    result = run("--input", "-", "--tokenizer", "bytes", "--no-bos", "--no-eos", "-o", "out", stdin="héllo\n".encode())
+    assert result.exit_code == 0, result.stderr
+    assert "tokens     kept 7 = train 7 + valid 0" in result.stdout
+
+
+def test_a_recipe_with_changes(work: Path) -> None:
+    result = run("debug", "data.dir=here", "--valid", "0.2", "--no-bos")
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads(Path("here/manifest.json").read_text())
+    assert (manifest["bos"], manifest["request"]["valid"]["fraction"]) == (False, 0.2)
+    assert "documents  read 512 = kept 512" in result.stdout
+
+
+def test_looking_at_a_store(work: Path) -> None:
+    assert run(*PLAIN).exit_code == 0
+    stats = run("--stats", "out")
+    assert stats.exit_code == 0
+    assert "documents  read 300" in stats.stdout
+    assert "16 to 31" in stats.stdout
+    shown = run("--inspect", "2", "out")
+    assert shown.stdout.splitlines()[0].startswith("document at 0, 20 tokens: <bos>|l|i|n|e| |0|")
+    assert len(shown.stdout.splitlines()) == 2
+    assert run("--verify", "out").exit_code == 0
+    raw = bytearray(Path("out/00000.bin").read_bytes())
+    raw[0] ^= 3
+    Path("out/00000.bin").write_bytes(raw)
+    broken = run("--verify", "out")
+    assert broken.exit_code == 6
+    assert "shard 00000: sha256 is" in broken.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "nothing to do"),
+        (("--input", "none.txt", "--tokenizer", "bytes", "-o", "out"), 2, "none.txt does not exist"),
+        (("--input", "text.txt", "--tokenizer", "bytes"), 2, "give -o DIR"),
+        (("--input", "text.txt", "-o", "out"), 2, "give --tokenizer bytes, --tokenizer FILE.model, or --train"),
+        (("--input", "text.txt", "--train", "--tokenizer", "bytes", "-o", "out"), 2, "both --tokenizer and --train"),
+        (("--input", "text.txt", "--tokenizer", "text.txt", "-o", "out"), 2, "is not a SentencePiece model"),
+        (("--input", "text.txt", "--tokenizer", "hf:a/b", "-o", "out"), 2, "not fetched from the Hub"),
+        ((*PLAIN, "--input", "./text.txt"), 2, "listed twice"),
+        ((*PLAIN, "--vocab-size", "500"), 2, "add --train or drop them"),
+        ((*PLAIN, "--valid", "much"), 2, "expected a share"),
+        ((*PLAIN, "--valid", "150%"), 2, "--valid"),
+        ((*PLAIN, "--on-error", "maybe"), 2, "--on-error"),
+        ((*PLAIN, "--field", "body"), 2, "plain text has no fields"),
+        (("debug", *PLAIN), 2, "expected one of them"),
+        (("debug", "--tokenizer", "bytes"), 2, "belongs to --input"),
+        (("debgu",), 2, "debug"),
+        (("debug", "data.sed=1"), 2, "unknown key"),
+        (("finetune-lora",), 2, "expected one of kind pretrain"),
+        (("quickstart", "data.sources.stdlib.path=nowhere"), 2, "nowhere is not a folder"),
+        (("--verify", "nowhere"), 2, "not a token store"),
+        (("--stats", "--verify", "out"), 2, "looks at one token store"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    work: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(os.listdir()) == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\nb\xffd\n", "a.txt:2: not UTF-8 (byte 0xff at offset 6)"),
+        ("a.txt", b"\n\n", "the sources hold no text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl:2:10: not JSON"),
+        ("a.jsonl", b'{"body": "a"}\n', "a.jsonl:1:1: field `text` is missing; the fields are body"),
+    ],
+)
+def test_bad_text_is_placed(work: Path, name: str, content: bytes, message: str) -> None:
+    (work / name).write_bytes(content)
+    result = run("--input", name, "--tokenizer", "bytes", "-o", "out")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert sorted(os.listdir()) == [name, "text.txt"]
+
+
+def test_a_missing_library_is_the_environments_fault(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(work)})
+    result = run("quickstart")
+    assert result.exit_code == 3
+    assert "data.sources.stdlib.path=DIR" in result.stderr
+    assert sorted(os.listdir()) == ["text.txt"]
