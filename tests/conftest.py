@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tests are small: a second thread costs more than it brings
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory with NaN
 
 

@@ -24,8 +24,8 @@ class Float32Module(nn.Module):
             return x.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
 
         for child in self.children() if recurse else ():
-            child._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(keep_wide, recurse=False)
+            child._apply(fn)
+        super()._apply(keep_wide, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
 

@@ -64,7 +64,7 @@ def test_all_problems_are_named_at_once() -> None:
 def test_integer_weights_are_refused() -> None:
     config, tensors = released()
     tensors["embed.weight"] = tensors["embed.weight"].long()
-    with pytest.raises(CheckpointError, match="embed.weight is torch.int64, expected a float type"):
+    with pytest.raises(CheckpointError, match=r"embed\.weight is torch\.int64, expected a float type"):
         megalodon.from_reference(config, tensors)
 
 
