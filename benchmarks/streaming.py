@@ -2,8 +2,6 @@
 
     python benchmarks/streaming.py --tokens 1000000
 
-Before each reading glibc gives the memory it keeps of freed blocks back to the system, so that resident memory is what
-lives; with `--malloc default` it shows glibc's own habits too: some 10 % of wandering, then a plateau.
 The table is made for docs/results.md. Not here: the measurement (megalodon/profiling/streaming.py).
 """
 
@@ -14,6 +12,7 @@ import sys
 
 import torch
 
+from megalodon.inference.session import PIECE
 from megalodon.model.megalodon import ModelConfig
 from megalodon.profiling.streaming import WARMUP, Point, StreamReport, stream_memory
 
@@ -35,12 +34,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Resident memory and speed while tokens stream through a model.")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to read (default 1000000)")
-    parser.add_argument("--piece", type=int, default=4096, help="tokens of one forward pass (default 4096)")
+    parser.add_argument("--piece", type=int, default=PIECE, help=f"tokens of one forward pass (default {PIECE})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--malloc", choices=("trim", "default"), default="trim", help="see the top of this file")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    report = stream_memory(given.tokens, MODEL, given.piece, trim=given.malloc == "trim", report=_progress)
+    report = stream_memory(given.tokens, MODEL, given.piece, report=_progress)
     options = " ".join(f"--{name} {value}" for name, value in vars(given).items())
     command = f"python benchmarks/streaming.py {options}"
     sys.stdout.write(markdown(report, command) + "\n" + json.dumps(document(report, command)) + "\n")

@@ -27,8 +27,9 @@ from megalodon.inference.stream import TokenStream
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
 
-PIECE = 4096
-"""Tokens of one forward pass while reading: bounds the memory of a prompt of any length."""
+PIECE = 1024
+"""Tokens of one forward pass while reading: bounds the memory of a prompt of any length. Longer pieces are little
+faster and leave the heap less even: at 4096, resident memory still grew by 15 % after the first 20,000 tokens."""
 
 
 class Session:

@@ -3,7 +3,6 @@
 Not here: the script that prints it (benchmarks/streaming.py).
 """
 
-import ctypes
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +64,6 @@ def stream_memory(
     piece: int = PIECE,
     pieces: int = 5,
     seed: int = 0,
-    trim: bool = True,
     report: Callable[[Point], None] | None = None,
 ) -> StreamReport:
     """Stream pseudo-random ids through a freshly initialised model in one session.
@@ -76,8 +74,6 @@ def stream_memory(
         piece:        tokens of one forward pass.
         pieces:       passes between two points of the record; whole ones, so that memory is compared at like moments.
         seed:         of the weights.
-        trim:         give memory that the allocator keeps of freed blocks back before each reading, where it can
-                      (glibc): what is left is what lives.
         report:       called with each point.
     Raises: InputError for fewer tokens than the warm-up; EnvironmentFault off Linux.
     """
@@ -90,8 +86,6 @@ def stream_memory(
     start = time.perf_counter()
     while session.position < num_tokens:
         session.feed(islice(ids, min(pieces * piece, num_tokens - session.position)))
-        if trim and (release := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-            release(0)
         points.append(Point(session.position, time.perf_counter() - start, resident_memory()))
         if report:
             report(points[-1])

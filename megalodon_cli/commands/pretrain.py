@@ -216,9 +216,12 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
     from megalodon.checkpoint.store import RunLock, clean_leftovers
     from megalodon.data.loader import token_bytes_table, validation_batches
     from megalodon.evaluation.perplexity import unigram_bits_per_byte
+    from megalodon.training.host_memory import keep_freed_memory
     from megalodon.training.loop import Run, train
 
     config, plan, tokenizer = job.config, job.plan, job.prepared.tokenizer
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     bytes_table = token_bytes_table(tokenizer)
     rows = (job.prepared.valid, config.data.seq_len, config.data.isolate, plan.micro_rows, config.eval.tokens)
     unigram = unigram_bits_per_byte(job.prepared.train, validation_batches(*rows), bytes_table, tokenizer.vocab_size)
