@@ -3,7 +3,7 @@
 Not here: what is computed (megalodon/training), how a line reaches the terminal (console.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megalodon_cli import console
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from megalodon.model.megalodon import ModelConfig
     from megalodon.training.loop import Result, Row
     from megalodon.training.run import RunRecord
-    from megalodon_cli.commands.pretrain import Job
+    from megalodon_cli.training_job import Ending, Job
 
 
 class Screen:
@@ -127,10 +127,9 @@ def _shares(config: "ModelConfig") -> str:
     return ", ".join(f"{name} {size / sum(sizes.values()):.0%}" for name, size in parts.items())
 
 
-def ending(
-    job: "Job", result: "Result", rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any], seconds: float
-) -> None:
-    """Print how a run ended: its scores, what they compare with, the last samples."""
+def ending(job: "Job", result: "Result", how: "Ending") -> None:
+    """Print how a run ended: its scores, what they compare with, the last samples, what to try next."""
+    rows, scores = how.rows, how.scores
     last: Mapping[str, Any] = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
     bits, start, unigram = (scores[key] for key in ("bits_per_byte", "bits_per_byte_at_start", "unigram_bits_per_byte"))
     if last.get("step") != result.step:  # stopped between two evaluations: an older score would mislead
@@ -139,7 +138,7 @@ def ending(
     score = f"; validation {bits:.3f} bits per byte{at_start}" if bits is not None else ""
     done = "done" if result.status == "finished" else f"stopped, as {result.reason}"
     console.result(
-        f"{done}: {result.step:,}/{job.plan.horizon:,} steps, {result.tokens:,} tokens, {_time(seconds)}{score}"
+        f"{done}: {result.step:,}/{job.plan.horizon:,} steps, {result.tokens:,} tokens, {_time(how.seconds)}{score}"
     )
     if bits is not None and unigram is not None:
         compared = f"{1 - bits / unigram:.1%} below" if bits <= unigram else f"{bits / unigram - 1:.1%} above"
@@ -150,3 +149,4 @@ def ending(
     for row in rows:
         if row["kind"] == "sample" and row["step"] == result.step:
             console.result(f"  sample: {row['prompt']}|{row['text']}")
+    console.result(f"  next: {how.following}")
