@@ -15,6 +15,10 @@ OP = {
 }
 """portable = reference, op by op, relative: outputs, final states and every gradient."""
 
+OP_BF16 = 2**-6
+"""The same on bfloat16 inputs, where a rounding is 2⁻⁹. In the backward of attention dP and the row sum taken from it
+are each rounded; where they cancel to a quarter of their size, that is 2 · 4 roundings."""
+
 LOGITS = {
     # Errors of 2u a layer in a residual stream of values up to 10, absolute. Released float32 against float64: 5.3e-6.
     torch.float32: 2e-5,

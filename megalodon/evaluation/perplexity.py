@@ -8,7 +8,7 @@ Not here: tasks and long-context probes, when to evaluate (training/loop.py).
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from megalodon.config import Config, Count
 from megalodon.data.loader import IGNORED, Batch
 from megalodon.data.shards import Store
 from megalodon.errors import DataError
+from megalodon.inference.session import evaluating
 from megalodon.model.loss import token_losses
 from megalodon.model.megalodon import Megalodon
 
@@ -46,7 +47,7 @@ class SamplesConfig(Config):
 
     every: int | None = Field(default=2000, ge=1)
     """Steps between two rounds of samples; null = only at the end."""
-    prompts: tuple[str | ChatPromptConfig, ...] = ()
+    prompts: tuple[Annotated[str, Field(min_length=1)] | ChatPromptConfig, ...] = ()
     """What the samples start with; none = no samples."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Tokens of a sample."""
@@ -80,11 +81,6 @@ class Evaluation(NamedTuple):
     """Bytes of text they stand for."""
     by_position: dict[int, float]
     """Upper end of a bucket of positions -> nats a token there: 1, 2, 3 to 4, 5 to 8 … up to the longest window."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
 
     def row(self, by_position: bool = True) -> dict[str, Any]:
         """Return the line of kind eval of metrics.jsonl."""
@@ -125,9 +121,7 @@ def evaluate(
     """
     sums, counts = np.zeros(0), np.zeros(0, dtype=np.int64)
     num_bytes = 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             if stop():
                 return None
@@ -138,8 +132,6 @@ def evaluate(
             sums, counts = np.pad(sums, (0, grow)), np.pad(counts, (0, grow))
             sums[: losses.shape[1]] += losses.sum(0)
             counts[: losses.shape[1]] += scored.sum(0)
-    finally:
-        model.train(was_training)
     tokens = int(counts.sum())
     if tokens == 0:
         raise DataError("validation: no target to score; raise eval.tokens or give more validation text")

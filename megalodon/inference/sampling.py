@@ -30,7 +30,7 @@ class SamplingConfig:
     min_p: float = 0.0
     """Only tokens with at least this share of the highest probability; 0 = all."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens already in the context, multiplies negative ones; 1 = off."""
+    """Divides positive logits of tokens in the prompt or the new text, multiplies negative ones; 1 = off."""
     seed: int = 0
     """Of the draws."""
 

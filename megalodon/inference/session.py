@@ -74,9 +74,13 @@ class Session:
         """
         rest = iter(ids)
         state, hidden, read = self.state, None, self.position
-        with torch.inference_mode(), _evaluating(self.model):
+        vocab_size = self.model.config.vocab_size
+        with torch.inference_mode(), evaluating(self.model):
             # Pieces end at multiples of `piece`, so that chunks stay whole wherever reading began.
             while piece := list(islice(rest, self.piece - read % self.piece)):
+                bad = next((token for token in piece if not 0 <= token < vocab_size), None)
+                if bad is not None:
+                    raise ValueError(f"session: token id {bad} is outside the vocabulary 0 … {vocab_size - 1}")
                 tokens = torch.tensor(piece, device=self.model.device)[None]
                 hidden, state = self.model.hidden(tokens, state)
                 read += len(piece)
@@ -99,15 +103,15 @@ class Session:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Megalodon) -> Iterator[None]:
-    if not model.training:
-        yield
-        return
+def evaluating(model: Megalodon) -> Iterator[None]:
+    """Dropout is off inside; afterwards every part of the model is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train()
+        for module in training:
+            module.training = True
 
 
 class Writer(NamedTuple):
@@ -151,7 +155,9 @@ def generate(
     stop_ids: Collection[int] = (),
     allowed: Tensor | None = None,
 ) -> Iterator[int]:
-    """Read the prompt, then yield new ids one by one; the session has read all of them but the last.
+    """Read the prompt, then yield new ids one by one.
+
+    Afterwards the session has read all of them if a stop id ended the text, else all but the last.
 
     Args:
         session:        where to begin; it moves along.

@@ -25,6 +25,8 @@ def cross_entropy(
         total: () float32 (float64 in a float64 model): the sum, differentiable in hidden and weight.
         count: () int64: targets that are not ignored.
     """
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # or the gradients would be formed all the same
     total: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.flatten(0, -2), weight, targets.flatten(), block, num_classes or len(weight)
     )
@@ -74,7 +76,7 @@ class _CrossEntropy(torch.autograd.Function):
             ignored = t == IGNORE
             d_logits = log_probs.exp_()
             d_logits.scatter_add_(-1, t.masked_fill(ignored, 0)[:, None], -torch.ones_like(d_logits[:, :1]))
-            d_logits.masked_fill_(ignored[:, None], 0)
+            d_logits = d_logits.masked_fill_(ignored[:, None], 0).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[begin : begin + block] = d_logits @ weight
             if d_weight is not None:

@@ -97,6 +97,11 @@ class ModelConfig(Config):
         """Rows of the output matrix."""
         return self.vocab_size if self.output_size == -1 else self.output_size
 
+    @property
+    def rotary_base(self) -> float:
+        """Base of the rotary frequencies."""
+        return 10_000.0 if self.rope_base is None else self.rope_base
+
     def num_parameters(self) -> int:
         """Parameters of the model, without building it; a tied matrix counts once."""
         D, Z, V, F, N = self.model_dim, self.z_dim, self.value_dim, self.ffn_hidden_dim, self.cema_ndim
@@ -224,7 +229,7 @@ class Megalodon(nn.Module):
         self.output = Output(config, backend)
         if config.share_emb:
             self.output.output.weight = self.embed.weight
-        self.rope = Rotary(config.z_dim // config.num_heads, config.rope_base or 10_000.0)
+        self.rope = Rotary(config.z_dim // config.num_heads, config.rotary_base)
         if not self.embed.weight.is_meta:
             initialise(self, seed)
 
@@ -240,7 +245,7 @@ class Megalodon(nn.Module):
             logits: (B, L, num_outputs) float32 (float64 in a float64 model).
             state:  a new value; the one passed in is untouched. It is part of the graph when gradients are recorded.
         Raises:
-            ValueError: a shape or an id does not fit; the message shows what was expected.
+            ValueError: a shape does not fit or, on a CPU, an id; the message shows what was expected.
         """
         hidden, state = self.hidden(tokens, state, starts)
         logits = nn.functional.linear(hidden, self.output_weight)
@@ -281,7 +286,7 @@ class Megalodon(nn.Module):
     def empty_state(self, batch_size: int) -> State:
         """The state of `batch_size` rows that have read nothing."""
         c, B, device, dtype = self.config, batch_size, self.device, self.output_weight.dtype
-        H, wide = c.num_heads, torch.float64 if device.type == "cpu" else torch.float32
+        H, wide = c.num_heads, torch.float64 if device.type == "cpu" else torch.promote_types(dtype, torch.float32)
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(B, *shape, dtype=dtype, device=device)
@@ -310,6 +315,8 @@ class Megalodon(nn.Module):
             raise ValueError(f"model: tokens are {tuple(tokens.shape)} {tokens.dtype}; expected (B, L) torch.int64")
         if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"model: the state has {len(state.position)} rows but tokens have {len(tokens)}")
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ValueError(f"model: the state has {len(state.layers)} layers but the model has {len(self.layers)}")
         if starts is not None and (starts.shape != tokens.shape or starts.dtype != torch.bool):
             raise ValueError(
                 f"model: starts are {tuple(starts.shape)} {starts.dtype}; expected {tuple(tokens.shape)} torch.bool"
@@ -331,8 +338,9 @@ def initialise(model: Megalodon, seed: int) -> None:
     """
     for name, parameter in model.named_parameters():
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        value = _initial_value(name, parameter, model.config, draw)
+        draw = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        with torch.device("cpu"):  # generators are of the CPU, wherever the model is being built
+            value = _initial_value(name, parameter, model.config, draw)
         parameter.copy_(value)
 
 

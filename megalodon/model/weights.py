@@ -1,5 +1,6 @@
 """Named tensors -> the parameters of a model, strictly: every name and shape is accounted for. Not here: files."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -21,8 +22,9 @@ def is_buffer(name: str) -> bool:
 def assign_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str) -> None:
     """Make `tensors` the weights of `model`, which may have been built on the meta device.
 
-    Tensors are copied, half precision is widened to float32; one float64 tensor makes all of them float64. A stored
-    float32 `rope.freqs` is used as it is; stored in half precision it is up to 0.4 % off and is computed anew.
+    Tensors are copied to one device, that of the embedding; half precision is widened to float32, one float64 tensor
+    makes all of them float64. A stored float32 `rope.freqs` is used as it is; stored in half precision it is up to
+    0.4 % off and is computed anew, with a warning.
 
     Args:
         model: its state dict says what is expected.
@@ -50,13 +52,16 @@ def assign_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str)
         raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: " + "; ".join(problems))
 
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
-    values = {name: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for name, t in tensors.items()}
+    device = tensors["embed.weight"].device
+    values = {n: t.to(device, dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in tensors.items()}
     for name, target in expected.items():
         if name == "rope.freqs" and (name not in tensors or tensors[name].itemsize < 4):
-            base = model.config.rope_base or 10_000.0
-            values[name] = rotary_frequencies(2 * len(target), base).to(dtype)
+            values[name] = rotary_frequencies(2 * len(target), model.config.rotary_base).to(device, dtype)
+            if name in tensors:
+                warnings.warn(f"{source}: rope.freqs was stored in half precision; computed anew", stacklevel=2)
         elif name not in values:
-            values[name] = torch.zeros(target.shape, dtype=target.dtype if name.endswith("prior_count") else dtype)
+            kind = target.dtype if name.endswith("prior_count") else dtype
+            values[name] = torch.zeros(target.shape, dtype=kind, device=device)
     model.load_state_dict({name: t.contiguous() for name, t in values.items()}, assign=True)
     if tied:
         model.output.output.weight = model.embed.weight

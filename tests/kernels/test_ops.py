@@ -4,16 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import OP, assert_close
+from tolerances import OP, OP_BF16, assert_close
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import megalodon_kernels
-from megalodon_kernels import KernelError
+from megalodon_kernels import KernelError, Statistics
 from megalodon_kernels.cases import cases
 
 OPS = ("cema", "timestep_norm", "chunk_attention")
 NAMES = [name for name, _ in cases("cema")]
+BACKENDS = ("reference", "portable")
 
 
 def case(op: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -94,6 +95,75 @@ def test_nan_in_one_document_stays_there(op: str) -> None:
     assert y[:, 29:].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_a_start_selects_the_state_away(backend: Any) -> None:
+    """Whatever the incoming state holds, a document that begins here must not see it."""
+    for op in OPS:
+        inputs = case(op, "L37-state-starts", torch.float32)
+        inputs["starts"][:, 0] = True
+        expected = getattr(megalodon_kernels, op)(**inputs, backend=backend)[0]
+        for name in {"h0", "open_k", "open_v"} & inputs.keys():
+            inputs[name] = torch.full_like(inputs[name], float("nan"))
+        if "state" in inputs:
+            count, mean, var = inputs["state"]
+            inputs["state"] = Statistics(count, mean * float("nan"), var * float("nan"))
+        actual = getattr(megalodon_kernels, op)(**inputs, backend=backend)[0]
+        assert torch.equal(actual, expected), op
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_what_lies_behind_a_rows_open_keys_is_ignored(backend: Any) -> None:
+    inputs = case("chunk_attention", "L37-state", torch.float32)
+    expected = megalodon_kernels.chunk_attention(**inputs, backend=backend)[0]
+    for row, own in enumerate((inputs["position"] % inputs["chunk_size"]).tolist()):
+        inputs["open_k"][row, own:] = float("nan")
+        inputs["open_v"][row, own:] = float("inf")
+    assert torch.equal(megalodon_kernels.chunk_attention(**inputs, backend=backend)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_chunks_of_several_blocks(dtype: torch.dtype) -> None:
+    """Chunks longer than a block of queries, rows at different places in them, a document that begins inside."""
+    draw = torch.Generator().manual_seed(0)
+    B, L, H, Z, V, C, P = 2, 330, 1, 4, 5, 300, 141
+    inputs: dict[str, Any] = {
+        name: torch.randn(B, length, H, width, generator=draw, dtype=dtype)
+        for name, length, width in (("q", L, Z), ("k", L, Z), ("v", L, V), ("open_k", P, Z), ("open_v", P, V))
+    }
+    inputs |= {"chunk_size": C, "position": torch.tensor([C + P, 2]), "starts": torch.zeros(B, L, dtype=torch.bool)}
+    inputs["starts"][1, 9] = True
+    (expected, expected_gradients), (actual, gradients) = (run("chunk_attention", inputs, b) for b in BACKENDS)
+    for a, e in zip(actual + gradients, expected + expected_gradients, strict=True):
+        assert_close(a, e, OP[dtype])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bfloat16_is_the_reference_rounded(op: str) -> None:
+    """bf16 inputs; statistics, states and sums in float32 or better: a few roundings of the reference on them."""
+    inputs = case(op, "L150-state-starts", torch.float32)
+    for name in {"x", "q", "k", "v", "open_k", "open_v"} & inputs.keys():
+        inputs[name] = inputs[name].bfloat16()
+    (expected, expected_gradients), (actual, gradients) = (run(op, inputs, b) for b in BACKENDS)
+    for a, e in zip(actual + gradients, expected + expected_gradients, strict=True):
+        assert a.dtype == e.dtype
+        assert_close(a, e, OP_BF16)
+
+
+def test_a_cache_of_another_precision_takes_that_of_the_call() -> None:
+    inputs = case("chunk_attention", "L37-state", torch.float32)
+    narrow = {n: inputs[n].bfloat16() for n in ("q", "k", "v")}
+    for value in megalodon_kernels.chunk_attention(**(inputs | narrow)):
+        assert value.dtype == torch.bfloat16
+
+
+def test_no_open_chunk_keeps_no_storage() -> None:
+    """A view of no keys would keep all keys of the call alive."""
+    inputs = case("chunk_attention", "L37", torch.float32) | {"chunk_size": 37}
+    _, open_k, open_v = megalodon_kernels.chunk_attention(**inputs)
+    assert open_k.shape == (3, 0, 2, 4) and open_v.shape == (3, 0, 2, 5)
+    assert open_k.untyped_storage().nbytes() == open_v.untyped_storage().nbytes() == 0
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_backend_asked_for_by_name_runs_or_raises(op: str) -> None:
     with pytest.raises(KernelError, match=f"{op}: backend is 'cuda'; expected one of auto, reference, portable"):
@@ -128,27 +198,47 @@ def test_attention_refuses_a_cache_that_is_too_short() -> None:
         megalodon_kernels.chunk_attention(**inputs)
 
 
+@pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "portable"])
-def test_padding_moves_nothing(backend: str) -> None:
-    """TimestepNorm with padded steps = without these steps, in outputs, statistics and gradients."""
+def test_padding_moves_nothing(backend: Any, with_state: bool) -> None:
+    """TimestepNorm with padded steps, even of NaN, = without these steps: outputs, statistics and gradients."""
     inputs = case("timestep_norm", "L37-state", torch.float64)
     row = {k: v[:1] if k == "x" else v for k, v in inputs.items() if k != "state"}
-    row["state"] = type(inputs["state"])(*(field[:1] for field in inputs["state"]))
+    if with_state:
+        row["state"] = Statistics(*(field[:1] for field in inputs["state"]))
     padding = torch.zeros(1, 37, dtype=torch.bool)
     padding[0, [0, 1, 9, 20, 36]] = True
-    poisoned = row["x"].masked_fill(padding[..., None], 1e6).requires_grad_()
+    poisoned = row["x"].masked_fill(padding[..., None], float("nan")).requires_grad_()
     kept = row["x"][:, ~padding[0]].clone().requires_grad_()
-    y, after = megalodon_kernels.timestep_norm(**(row | {"x": poisoned}), padding=padding, backend=backend)
-    z, expected = megalodon_kernels.timestep_norm(**(row | {"x": kept}), backend=backend)
+    weights = [row["weight"].clone().requires_grad_() for _ in range(2)]
+    y, after = megalodon_kernels.timestep_norm(
+        **(row | {"x": poisoned, "weight": weights[0]}), padding=padding, backend=backend
+    )
+    z, expected = megalodon_kernels.timestep_norm(**(row | {"x": kept, "weight": weights[1]}), backend=backend)
     assert (y[padding] == 0).all()
     assert_close(y[~padding], z[0], OP[torch.float64])
     assert int(after.count) == int(expected.count)
     assert_close(after.mean, expected.mean, OP[torch.float64])
     assert_close(after.var, expected.var, OP[torch.float64])
-    (y.square().sum() + after.var.sum()).backward()
-    (z.square().sum() + expected.var.sum()).backward()
+    (y.square().sum() + (after.mean * after.var).sum()).backward()
+    (z.square().sum() + (expected.mean * expected.var).sum()).backward()
     assert (poisoned.grad[padding] == 0).all()
     assert_close(poisoned.grad[~padding], kept.grad[0], OP[torch.float64])
+    assert_close(weights[0].grad, weights[1].grad, OP[torch.float64])
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_padding_alone_returns_the_statistics_that_came(backend: Any) -> None:
+    inputs = case("timestep_norm", "L37-state", torch.float64)
+    padding = torch.ones(4, 37, dtype=torch.bool)
+    for state in (inputs["state"], None):
+        y, after = megalodon_kernels.timestep_norm(**(inputs | {"state": state}), padding=padding, backend=backend)
+        expected = state or megalodon_kernels.no_statistics(3).over(4)
+        assert not y.any() and torch.equal(after.count, expected.count)
+        seen = expected.count > 0
+        assert torch.equal(after.mean[seen], expected.mean[seen])
+        assert torch.equal(after.var[seen], expected.var[seen])
+        assert after.mean.isfinite().all() and after.var.isfinite().all()
 
 
 def test_constant_input_has_variance_zero() -> None:

@@ -40,6 +40,14 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda h, w: cross_entropy(h, w, targets, 7)[0], (hidden, weight))
 
 
+def test_without_gradients_none_are_formed() -> None:
+    hidden, weight, targets = example()
+    with torch.no_grad():
+        total, _ = cross_entropy(hidden, weight, targets)
+    assert not total.requires_grad and total.grad_fn is None
+    assert total.item() == pytest.approx(cross_entropy(hidden, weight, targets)[0].item(), rel=1e-13)
+
+
 def test_nothing_to_predict_is_zero_not_nan() -> None:
     hidden, weight, targets = example()
     total, count = cross_entropy(hidden, weight, torch.full_like(targets, IGNORE))

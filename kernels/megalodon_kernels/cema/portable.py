@@ -37,7 +37,7 @@ def cema_portable(
     R, T = rows.length.shape[1], rows.width
     compute = torch.promote_types(x.dtype, torch.float32)
     state_dtype = compute if h0 is None else h0.dtype
-    carry = torch.promote_types(state_dtype, torch.complex64)
+    carry = torch.promote_types(torch.promote_types(state_dtype, compute), torch.complex64)
 
     powers = _powers(torch.complex(log_decay.double(), angle.double()), T)
     p64, gamma64 = p.double(), torch.view_as_complex(gamma.double())

@@ -54,6 +54,8 @@ def chunk_attention(
         position = torch.zeros(len(q), dtype=torch.int64, device=q.device)
     if open_k is None or open_v is None:
         open_k, open_v = k[:, :0], v[:, :0]
+    # A cache may come from a call in another precision; the dtypes of this call decide.
+    open_k, open_v = open_k.to(k.dtype), open_v.to(v.dtype)
     _check(q, k, v, chunk_size, position, open_k, open_v, starts)
     run = choose("chunk_attention", backend, IMPLEMENTATIONS)
     with torch.autocast(q.device.type, enabled=False):

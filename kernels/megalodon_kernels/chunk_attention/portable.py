@@ -38,8 +38,10 @@ def chunk_attention_portable(
         begins = rows.begins[:, :1]
         past = torch.arange(P, device=q.device) < torch.where(begins, 0, filled[:, None])  # (B, P)
         allowed = pad(past, (0, rows.width), value=True)
-        keys = torch.cat([open_k[:, None], packed_k[:, :1]], dim=2)
-        values = torch.cat([open_v[:, None], packed_v[:, :1]], dim=2)
+        # What is not the past of this row is selected away: a weight of 0 would still let its NaN through.
+        old_k, old_v = (torch.where(past[..., None, None], x, 0) for x in (open_k, open_v))
+        keys = torch.cat([old_k[:, None], packed_k[:, :1]], dim=2)
+        values = torch.cat([old_v[:, None], packed_v[:, :1]], dim=2)
         y = _attend(packed_q[:, :1], keys, values, allowed[:, None], dropout)
         if rows.length.shape[1] > 1:
             body = _attend(packed_q[:, 1:], packed_k[:, 1:], packed_v[:, 1:], None, dropout)
@@ -68,9 +70,9 @@ class _Block(NamedTuple):
 
 
 def _blocks(num_queries: int, num_keys: int) -> list[_Block]:
-    past = num_keys - num_queries
-    ends = [min(begin + BLOCK, num_queries) for begin in range(0, num_queries, BLOCK)]
-    return [_Block(end - (end - 1) % BLOCK - 1, end, past + end) for end in ends]
+    past, starts = num_keys - num_queries, range(0, num_queries, BLOCK)
+    ends = [min(start + BLOCK, num_queries) for start in starts]
+    return [_Block(start, end, past + end) for start, end in zip(starts, ends, strict=True)]
 
 
 def _scores(q: Tensor, k: Tensor, block: _Block, allowed: Tensor | None) -> Tensor:
@@ -149,7 +151,8 @@ def _still_open(
     length = (torch.where(fresh, 0, filled) + since) % chunk_size
     longest = int(length.max())
     if not longest:
-        return k[:, :0], v[:, :0]
+        # New tensors, not k[:, :0]: a view would keep all keys and values of the call alive.
+        return k.new_empty(B, 0, *k.shape[2:]), v.new_empty(B, 0, *v.shape[2:])
     # Behind one another lie the row's `filled` old entries and its L new ones; the open chunk is the end of that.
     slot = torch.arange(longest, device=k.device)
     source = filled[:, None] + L - length[:, None] + slot  # counted from the row's first old entry

@@ -40,6 +40,8 @@ def timestep_norm_portable(
     count0 = torch.where(new, fresh.count[owner], past.count[owner])
     mean0 = torch.where(new[:, None], fresh.mean[owner].double(), past.mean[owner].double())
     var0 = torch.where(new[:, None], fresh.var[owner].double(), past.var[owner].double())
+    if padding is not None:
+        x = x.masked_fill(padding[..., None], 0)  # by selection, so that nothing of a padded step is ever read
     valid = None if padding is None else ~padding.flatten()
     steps = torch.ones(B * L, dtype=torch.int64, device=x.device) if valid is None else valid.long()
     count = torch.cat([n + piece.cumsum(0) for n, piece in zip(count0, steps.split(sizes), strict=True)])
@@ -49,7 +51,9 @@ def timestep_norm_portable(
     )
     last = torch.tensor([b for b, _ in begins[1:]] + [B], device=x.device) != owner  # the last document of each row
     ends = (torch.tensor(sizes, device=x.device).cumsum(0) - 1)[last]
-    return y.view(x.shape), Statistics(count[ends], mean[last], var[last])
+    moved = (count[ends] > count0[last])[:, None]
+    mean, var = torch.where(moved, mean[last], mean0[last]), torch.where(moved, var[last], var0[last])
+    return y.view(x.shape), Statistics(count[ends], mean, var)
 
 
 def _documents(starts: Tensor | None, B: int, L: int) -> tuple[list[int], list[tuple[int, bool]]]:
@@ -111,7 +115,13 @@ class _TimestepNorm(torch.autograd.Function):
 
         old = count0[:, None] > 0
         mean0, var0 = torch.where(old, mean0, 0.0), torch.where(old, var0, 0.0)
-        c = torch.where(old, mean0, m[first])
+        if valid is not None:
+            # The shift of a document without a past is its first m: that of its first step which is not padded.
+            order = torch.arange(T, device=x.device).masked_fill(~valid, T)
+            first_real = torch.stack([piece.min() for piece in order.split(sizes)])
+            c = torch.where(old, mean0, m[first_real.clamp(max=T - 1)])
+        else:
+            c = torch.where(old, mean0, m[first])
         n0 = count0.double()[:, None]
         shift, new = each(c), m - each(c)
         if valid is not None:

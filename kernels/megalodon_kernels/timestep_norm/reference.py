@@ -22,6 +22,8 @@ def timestep_norm_reference(
     fresh = (prior or no_statistics(num_groups, x.device)).over(B)
     count, mean, var = state or fresh
     mean, var = mean.double(), var.double()
+    if padding is not None:
+        x = x.masked_fill(padding[..., None], 0)
     y = []
     for t in range(L):
         if starts is not None:
