@@ -19,6 +19,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -37,8 +38,15 @@ ConfigT = typing.TypeVar("ConfigT", bound="Config")
 class Config(pydantic.BaseModel):
     """Base of every configuration class: unknown keys and wrong types are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What the name of a recipe looks like: it names files and folders too."""
+LARGEST = 2**63 - 1
+"""The largest number of a recipe: what computes with it has 64 bits."""
 
 _DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -60,11 +68,12 @@ class Quantity:
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)", value.strip())
         if not match or match[2] not in self.units:
             raise ValueError(f"`{value}` is not {self.expected}")
-        scale = self.units[match[2]]
-        number = float(match[1]) * scale if scale >= 1 else float(match[1]) / round(1 / scale)  # 7% is 0.07 exactly
-        if self.whole and number != int(number):
-            raise ValueError(f"`{value}` is {number:g}: expected {self.expected}")
-        return int(number) if self.whole else number
+        number = Fraction(match[1]) * Fraction(str(self.units[match[2]]))  # 7% is 0.07 exactly
+        if number > LARGEST:
+            raise ValueError(f"`{value:.40}` is too large: expected at most {LARGEST}")
+        if self.whole and number.denominator > 1:
+            raise ValueError(f"`{value}` is {float(number):g}: expected {self.expected}")
+        return int(number) if self.whole else float(number)
 
 
 parse_count = Quantity("a count such as 8192, 10B or 8Ki", _DECIMAL | _BINARY, whole=True)
@@ -241,16 +250,17 @@ def _scalar(node: yaml.ScalarNode, place: Place) -> Scalar:
         return None
     if tag == "bool" and text in _BOOL:
         return _BOOL[text]
-    if tag == "str":
+    if tag == "str" and "\0" not in text:  # which no file name, and hardly any text, can hold
         return str(text)
     try:
-        if tag == "int":
-            return int(text, 0 if text.startswith(("0o", "0x")) else 10)
+        if tag == "int" and abs(number := int(text, 0 if text.startswith(("0o", "0x")) else 10)) <= LARGEST:
+            return number
         if tag == "float":
             return float(text.replace(".", "", 1) if text.lstrip("+-.").lower() in ("inf", "nan") else text)
     except ValueError:
-        raise InvalidRecipe([Problem(place, "", f"`{text}` is not a value of type {tag}")]) from None
-    raise InvalidRecipe([Problem(place, "", f"tag `{node.tag}`: recipes hold plain values, no tags")])
+        raise InvalidRecipe([Problem(place, "", f"`{text:.40}` is not a value of type {tag}")]) from None
+    said = {"int": f"`{text:.40}` is too large: expected at most {LARGEST}", "str": "a NUL character cannot stand here"}
+    raise InvalidRecipe([Problem(place, "", said.get(tag, f"tag `{node.tag}`: recipes hold plain values, no tags"))])
 
 
 class _Reader:
@@ -290,18 +300,18 @@ class _Reader:
 
 def _compose(text: str, source: str, fixed: Place | None = None) -> Node:
     reader = _Reader(source, text, fixed)
+    start = fixed or Place(source, 1, 1, reader.lines[0] if reader.lines else "")
     try:
         raw = yaml.compose(text, Loader=_Loader)
+        tree = reader.node(raw) if raw is not None else Node(None, start, start)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = reader.place(mark) if mark else Place(source)
         raise InvalidRecipe([Problem(replace(place, width=1), "", f"not YAML: {error.problem}")]) from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InvalidRecipe(
-            [Problem(fixed or Place(source), "", f"not YAML: {' '.join(str(error).split())}")]
-        ) from None
-    start = fixed or Place(source, 1, 1, reader.lines[0] if reader.lines else "")
-    tree = reader.node(raw) if raw is not None else Node(None, start, start)
+    except yaml.YAMLError as error:
+        raise InvalidRecipe([Problem(start, "", f"not YAML: {' '.join(str(error).split())}")]) from None
+    except RecursionError:
+        raise InvalidRecipe([Problem(start, "", "nested too deeply, or an alias stands inside itself")]) from None
     if reader.problems:
         raise InvalidRecipe(reader.problems)
     return tree
@@ -411,8 +421,9 @@ def _put(
     entries = dict(tree.value) if isinstance(tree.value, dict) else {}
     if rest and (node is not None or part in entries):
         entries[part] = _put(entries.get(part, Node({}, place, place)), rest, node, place, one_of, (*done, part))
-    elif not rest and node is None:
-        entries.pop(part, None)
+    elif not rest and node is None and part in entries:
+        del entries[part]
+        tree = replace(tree, key=place, place=place)  # who misses the value hears of the command line
     elif node is not None:
         layer = merge(Node(entries, place, place), Node({part: Node(None, place, place)}, place, place))
         layer = merge(layer, Node({part: replace(node, key=place)}, place, place), one_of, done)
@@ -522,11 +533,10 @@ def type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return _TYPES.get(annotation) or ("a section" if config_classes(annotation) else "a mapping")
 
 
-def _say(error: pydantic_core.ErrorDetails, field: FieldInfo | None) -> str:
+def _say(error: pydantic_core.ErrorDetails, expected: str, field: FieldInfo | None) -> str:
     """Return one pydantic error in our words: what came, what was expected."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     got = "`" + show(value)[:80] + "`"
-    expected = type_name(field.annotation, field.metadata) if field else ""
     if kind == "value_error":
         return str(context["error"])
     if kind == "missing" and not expected[:1].isdigit():
@@ -540,6 +550,9 @@ def _say(error: pydantic_core.ErrorDetails, field: FieldInfo | None) -> str:
         return f"{got} is not one of {expected.replace(' | ', ', ')}"
     if kind.endswith(("_type", "_parsing")) and expected:
         return f"expected {expected}, got {got}"
+    if kind == "string_pattern_mismatch" and field and field.description:
+        words = " ".join(field.description.split()).rstrip(".")
+        return f"{got} does not fit; expected {words[:1].lower()}{words[1:]}"
     return f"{got}: {error['msg'][:1].lower()}{error['msg'][1:]}".replace("input should be", "must be")
 
 
@@ -564,7 +577,10 @@ def _problem(tree: Node, cls: type[Config], error: pydantic_core.ErrorDetails) -
     elif error["type"] == "extra_forbidden":
         yield Problem(node.key, dotted, _unknown(cls, path) or "unknown key")
     else:
-        text = _say(error, field)
+        expected = type_name(field.annotation, field.metadata) if field else ""
+        if field and expected.startswith("list of ") and isinstance(error["loc"][-1], int):
+            expected = type_name(typing.get_args(field.annotation)[0])
+        text = _say(error, expected, field)
         # a message of a whole section stands at the value it speaks of, on the command line if that changed it
         named = [
             child
@@ -577,12 +593,16 @@ def _problem(tree: Node, cls: type[Config], error: pydantic_core.ErrorDetails) -
 
 def problems_of(tree: Node, cls: type[Config], error: pydantic.ValidationError) -> list[Problem]:
     """Return every pydantic error as a problem with its place, one for each key, in the order of the file."""
-    found = [problem for detail in error.errors(include_url=False) for problem in _problem(tree, cls, detail)]
+    details = error.errors(include_url=False)
+    details.sort(key=lambda detail: detail["type"].endswith(("_type", "literal_error")))  # of a union's branches last
+    found = [problem for detail in details for problem in _problem(tree, cls, detail)]
     unique = list({(str(p.place), p.key, p.text): p for p in found}.values())
     for problem in list(unique):  # a union reports each of its branches: keep the deepest
         if problem.key and any(other.key.startswith(problem.key + ".") for other in unique):
             unique.remove(problem)
-    first = {(p.place.source, p.place.line, p.place.column, p.key or p.text): p for p in reversed(unique)}
+    first: dict[object, Problem] = {}
+    for p in unique:
+        first.setdefault((p.place.source, p.place.line, p.place.column, p.key or p.text), p)
     return sorted(first.values(), key=lambda p: (not p.place.line, p.place.source, p.place.line, p.place.column))
 
 

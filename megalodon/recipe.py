@@ -21,6 +21,7 @@ from pydantic import Field, Strict, model_validator
 
 from megalodon.checkpoint.store import CheckpointConfig
 from megalodon.config import (
+    NAME,
     Config,
     Count,
     Impossible,
@@ -131,8 +132,8 @@ class RunConfig(Config):
     """Version of the recipe format."""
     kind: Literal["pretrain"] = "pretrain"
     """What the recipe is for: pretrain | finetune."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """The run directory is runs/<name>."""
+    name: str = Field(pattern=NAME)
+    """Letters, digits and . _ -, a letter or digit first; the run directory is runs/<name>."""
     model: ModelSection = ModelSection()
     """Sizes and options of the model."""
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -274,8 +275,8 @@ class FinetuneConfig(Config):
     """Version of the recipe format."""
     kind: Literal["finetune"]
     """What the recipe is for: pretrain | finetune."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """The run directory is runs/<name>."""
+    name: str = Field(pattern=NAME)
+    """Letters, digits and . _ -, a letter or digit first; the run directory is runs/<name>."""
     model: FinetuneModel = FinetuneModel()
     """Which model is tuned, and how."""
     tokenizer: Literal["inherit"] = "inherit"

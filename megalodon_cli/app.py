@@ -45,28 +45,37 @@ EXIT_CODES = """[bold]Exit codes[/bold]
 
 JSON = {"tokenize", "generate", "recipes", "runs", "doctor"}
 """Commands whose result is also a JSON document."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""What the system says of a disk that takes no more."""
+UNFIT = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOENT, errno.EEXIST}
+UNFIT |= {errno.EACCES, errno.EPERM, errno.EROFS}
+"""What the system says of a path that cannot be what was asked of it."""
 TAKES_KEYS = {"tokenize", "pretrain", "recipes"}
 """Commands that take recipe keys, also in the form `--optim.lr 1e-3`."""
 
 
 def spelled(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with `--optim.lr 1e-3` and `--optim.lr=1e-3` written as the change `optim.lr=1e-3`."""
+    """Return the arguments with `--optim.lr 1e-3` written as the change `optim.lr=1e-3`, `-c FILE` as the recipe FILE.
+
+    `--optim.lr=1e-3`, `--config FILE` and `--config=FILE` are the same.
+    """
     if not TAKES_KEYS & set(arguments):
         return list(arguments)
     shown: list[str] = []
     rest = iter(arguments)
     for text in rest:
-        name, equals, value = text.removeprefix("--").partition("=")
+        option, equals, given = text.partition("=")
+        recipe = option in ("-c", "--config")
         if text == "--":
             return [*shown, text, *rest]
-        if not text.startswith("--") or "." not in name:
+        if not recipe and not (text.startswith("--") and "." in option):
             shown.append(text)
-        elif equals:
-            shown.append(f"{name}={value}")
-        elif (following := next(rest, None)) is not None:
-            shown.append(f"{name}={following}")
+        elif (value := given if equals else next(rest, None)) is not None:
+            shown.append(value if recipe else f"{option.removeprefix('--')}={value}")
         else:
-            raise InputError(f"command line: {text}: expected a value, such as {text} 1e-3")
+            raise InputError(
+                f"command line: {text}: expected a value, such as {text} {'my.yaml' if recipe else '1e-3'}"
+            )
     return shown
 
 
@@ -152,14 +161,10 @@ def _closed_pipe() -> int:
 def explain(error: Exception, given: Iterable[str] = ()) -> int:
     """Print an error as what came, what was expected, what to do. Returns its exit code."""
     console.finish()
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EDQUOT,
-    ):
+    if isinstance(error, OSError) and error.errno in FULL:
         error = EnvironmentFault(f"{error.filename or 'disk'}: {(error.strerror or str(error)).lower()}")
+    if isinstance(error, OSError) and error.errno in UNFIT and error.filename is not None:
+        error = InputError(f"{os.fsdecode(error.filename)}: {(error.strerror or str(error)).lower()}")
     code = getattr(error, "exit_code", None)
     if not isinstance(code, int):
         return _internal(error, given)
@@ -223,7 +228,14 @@ def _internal(error: Exception, given: Iterable[str]) -> int:
 
 
 def _take(param: typer.CallbackParam, value: Any) -> Any:
-    """Store an option that holds everywhere."""
+    """Store an option that holds everywhere. Raises: InputError for a log file that cannot be written."""
+    if isinstance(value, Path):
+        try:
+            value.open("a").close()
+        except OSError as error:
+            raise InputError(
+                f"--log-file {value}: cannot be written: {(error.strerror or str(error)).lower()}"
+            ) from None
     if value not in (None, False) and param.name:
         setattr(console.settings(), param.name, value)
     if param.name == "color" and value in ("always", "never"):  # rich, which draws the help, listens to these

@@ -14,16 +14,22 @@ RUNS = Path("runs")
 def model_directory(given: str | None) -> Path:
     """Return the model directory that the user means; without CKPT that of the newest finished run, named on stderr.
 
+    A folder that holds neither a model nor a run does not hide the run of that name.
     Raises: InputError if there is none, with what is there.
     """
     if given is None:
         return _newest()
-    path = Path(given)
-    for run in (path, RUNS / given):
-        if (run / "run.json").is_file():
-            return _model_of(run)
-        if run.is_dir():
-            return run
+    if not given:
+        raise InputError("CKPT is empty; expected a model directory or a run, or leave it out")
+    places = (Path(given), RUNS / given)
+    for place in places:
+        if (place / "run.json").is_file():
+            return _model_of(place)
+        if (place / "config.json").is_file():
+            return place
+    for place in places:
+        if place.is_dir():
+            return place
     hint = ", ".join(_finished()) or "none"
     raise InputError(
         f"{given}: no such directory, and no run {RUNS / given}; "
@@ -31,9 +37,20 @@ def model_directory(given: str | None) -> Path:
     )
 
 
+def complete(incomplete: str) -> list[str]:
+    """Return the finished runs whose name begins so, for shell completion; `runs/` may stand before it."""
+    prefix = f"{RUNS}/" if incomplete.startswith(f"{RUNS}/") else ""
+    return [text for name in _finished() if (text := prefix + name).startswith(incomplete)]
+
+
 def _model_of(run: Path) -> Path:
     if not (run / "model").is_dir():
-        raise InputError(f"{run} has no finished model (no {run / 'model'}); let the run finish first")
+        command = run / "command.txt"
+        how = command.read_text(encoding="utf-8", errors="replace").strip() if command.is_file() else ""
+        raise InputError(
+            f"{run} has no finished model (no {run / 'model'}); expected a run that has ended: the command that "
+            f"started it continues it{': ' + how if how else ''}"
+        )
     console.note(f"{run}: using {run / 'model'}")
     return run / "model"
 

@@ -15,6 +15,7 @@
     with console.Progress() as progress:    one live line on a terminal, a plain line per call elsewhere
         progress.update("step 1/240 …")
         progress.line("saved step 120")     a line of its own that stays
+    console.amount(220627968)               "220.6M"
 
 `result`, `write` and `table` print nothing under --json. Streams that cannot encode a character get ASCII; NO_COLOR and
 TERM=dumb are obeyed. Not here: what a message says.
@@ -112,8 +113,13 @@ def _message(text: str, label: str = "", code: str = "") -> None:
     """A line on stderr, and the same without colour in the log file."""
     plain = f"{label}: {text}" if label else text
     if _settings.log_file:
-        with _settings.log_file.open("a", encoding="utf-8") as log:
-            log.write(plain + "\n")
+        path, _settings.log_file = _settings.log_file, None
+        try:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(plain + "\n")
+            _settings.log_file = path
+        except OSError as error:  # the work goes on without its log
+            warning(f"{path}: {(error.strerror or str(error)).lower()}; messages are no longer kept there")
     if _live:
         _live[-1].clear()
     _emit(sys.stderr, f"{_paint(label + ':', code, sys.stderr)} {text}" if label else text)
@@ -205,6 +211,14 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
         cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         line = "  ".join(cells).rstrip()
         _emit(sys.stdout, line if number else _paint(line, "1", sys.stdout))
+
+
+def amount(number: float, space: str = "", giga: str = "B") -> str:
+    """Return 220627968 as `220.6M`; `giga` is what 10**9 is called: B of tokens, G of bytes and operations."""
+    for unit, size in (("T", 1e12), (giga, 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}".removesuffix(".0") + space + unit
+    return f"{number:.0f}{space}"
 
 
 def width() -> int:

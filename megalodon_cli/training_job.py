@@ -4,13 +4,15 @@ Not here: the step and its loop (megalodon/training/loop.py), signals and the or
 what is shown (training_screen.py).
 """
 
+import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from megalodon.errors import DataError, RecipeError
+from megalodon.errors import DataError
 from megalodon_cli import console
 
 if TYPE_CHECKING:
@@ -53,16 +55,16 @@ def prepare(
 
     config = resolved.pretraining()
     resolved.require_complete()
-    _refuse_unsupported(config)
     parts = (config.train, config.optim, config.checkpoint, config.log, config.parallel)
-    make_plan(*parts, seq_len=config.data.seq_len, windows=1, device=device)
+    with _unsupported(resolved):
+        make_plan(*parts, seq_len=config.data.seq_len, windows=1, device=device)
     directory = out_dir or Path("runs") / config.name
     check_directory(directory, fresh=resume == "never")
     frozen = frozen_values(config.model_dump(mode="json", by_alias=True))
     record = open_record(directory, frozen, allow)
     if record and record.finished and record.values.get("horizon") == _horizon(config):
         console.result(f"{directory} is finished: {record.values['step']:,} steps")
-        console.result(f"  next: {_next(directory)}")
+        console.result(f"  next: {' · '.join(_next(directory))}")
         return None
     store = config.data.dir or Path("data") / config.name
     if no_prepare and not (store / "manifest.json").exists():
@@ -77,19 +79,31 @@ def prepare(
     return Job(config, resolved, directory, prepared, loader, model_config, plan, frozen, allow)
 
 
-def _refuse_unsupported(config: "RunConfig") -> None:
-    """Raises: RecipeError with a line for each value that this version would otherwise ignore."""
+@contextmanager
+def _unsupported(resolved: "Resolved") -> Iterator[None]:
+    """Raises: InvalidRecipe with the place of each value that this version would otherwise ignore, the loop's too."""
+    from megalodon.config import InvalidRecipe, Place, Problem
+
+    config = resolved.pretraining()
     model = config.model
-    chats = [prompt for prompt in config.eval.samples.prompts if not isinstance(prompt, str)]
-    refused = [
+    chats = any(not isinstance(prompt, str) for prompt in config.eval.samples.prompts)
+    values = [
         ("model.arch", model.arch, model.arch != "megalodon", "megalodon"),
         ("model.init_from", model.init_from, model.init_from is not None, "null"),
-        ("model.lora", "r", model.lora is not None, "null"),
-        ("eval.samples.prompts", "messages", bool(chats), "text"),
+        ("model.lora", "an adapter", model.lora is not None, "null"),
+        ("eval.samples.prompts", "messages", chats, "text"),
     ]
-    lines = [f"{k} {v} is not available in this version of pretrain; expected {e}" for k, v, bad, e in refused if bad]
-    if lines:
-        raise RecipeError("\n".join(lines))
+    here = Place(config.name)
+    found = [Problem(here, k, f"{v} is not available in pretrain; expected {e}") for k, v, bad, e in values if bad]
+    try:
+        yield
+    except InvalidRecipe as error:
+        found += error.problems
+    if found:
+        nodes = [resolved.tree.find(problem.key.split(".")) for problem in found]
+        raise InvalidRecipe(
+            [replace(p, place=node.place if node else here) for p, node in zip(found, nodes, strict=True)]
+        )
 
 
 def _horizon(config: "RunConfig") -> dict[str, Any]:
@@ -97,27 +111,34 @@ def _horizon(config: "RunConfig") -> dict[str, Any]:
     return {"max_steps": train.max_steps, "max_tokens": train.max_tokens, "max_epochs": train.max_epochs}
 
 
-def begin(job: Job, unigram: float | None) -> "RunRecord":
-    """Write down what this run is; says so when it continues with a longer horizon. Called under the lock."""
-    import shlex
+def record_of(job: Job) -> "RunRecord":
+    """Return the record of the run in the directory, or of a new one, not yet written. Called under the lock."""
+    from megalodon.training.run import new_record, open_record
 
+    return open_record(job.directory, job.frozen, job.allow) or new_record(
+        job.directory, job.frozen, name=job.config.name, kind=job.config.kind, step=0, tokens=0
+    )
+
+
+def begin(job: Job, record: "RunRecord", unigram: float | None) -> None:
+    """Write down what this run is; says so when it continues with a longer horizon. Called once it can go on."""
     from megalodon.checkpoint.store import write_json
     from megalodon.recipe import dump
-    from megalodon.training.run import environment, new_record, open_record
+    from megalodon.training.run import environment
     from megalodon.training.schedule import learning_rate
 
     directory, plan = job.directory, job.plan
-    record = open_record(directory, job.frozen, job.allow)
-    if record is None:
+    before = record.values.get("steps")
+    if before is None:
         console.info(f"{directory}: a new run, starting at step 0")
-        record = new_record(directory, job.frozen, name=job.config.name, kind=job.config.kind, step=0, tokens=0)
-    elif (before := record.values.get("steps")) not in (None, plan.horizon):
+    elif before != plan.horizon:
         step = int(record.values["step"])
         rates = [learning_rate(plan.optim, step + 1, n, plan.batch_tokens) for n in (before, plan.horizon)]
         console.note(
             f"horizon {before:,} -> {plan.horizon:,} steps; lr of step {step + 1:,}: {rates[0]:.3g} -> {rates[1]:.3g}"
         )
-    allowed = {key: [record.values["frozen"].get(key), job.frozen.get(key)] for key in job.allow}
+    pairs = {key: [record.values["frozen"].get(key), job.frozen.get(key)] for key in job.allow}
+    allowed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     record.update(
         status="running",
         error=None,
@@ -127,12 +148,11 @@ def begin(job: Job, unigram: float | None) -> "RunRecord":
         unigram_bits_per_byte=unigram,
         frozen=dict(job.frozen),
         allowed=[*record.values["allowed"], *([allowed] if allowed else [])],
-        next=[f"megalodon pretrain {directory / 'recipe.yaml'} -o {directory}"],
+        next=[shlex.join(["megalodon", "pretrain", str(directory / "recipe.yaml"), "-o", str(directory)])],
     )
     (directory / "recipe.yaml").write_text(dump(job.resolved), encoding="utf-8")
     (directory / "command.txt").write_text(shlex.join(["megalodon", *sys.argv[1:]]) + "\n", encoding="utf-8")
     write_json(directory / "environment.json", environment(plan.device))
-    return record
 
 
 def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any, ...]:
@@ -181,7 +201,7 @@ class Ending(NamedTuple):
     rows: "list[Row]"
     scores: Mapping[str, Any]
     seconds: float
-    following: str
+    following: Sequence[str]
 
 
 def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | None) -> Ending:
@@ -216,14 +236,12 @@ def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | Non
         }
         save_model(result.model, job.directory / "model", tokenizer.save, meta)
     status = "finished" if result.status == "finished" else "stopped"
-    following = _next(job.directory) if exported else record.values["next"][0]
+    following = _next(job.directory) if exported else record.values["next"]
     seconds = round(result.seconds + float(record.values.get("seconds", 0)), 1)
-    record.update(
-        status=status, step=result.step, tokens=result.tokens, seconds=seconds, next=following.split(" · "), **scores
-    )
+    record.update(status=status, step=result.step, tokens=result.tokens, seconds=seconds, next=following, **scores)
     return Ending(rows, scores, seconds, following)
 
 
-def _next(directory: Path) -> str:
+def _next(directory: Path) -> list[str]:
     name = directory.name if directory.parent == Path("runs") else str(directory)
-    return f"megalodon generate {name} -p TEXT · megalodon runs show {name}"
+    return [shlex.join(["megalodon", *words]) for words in (["generate", name, "-p", "TEXT"], ["runs", "show", name])]

@@ -79,8 +79,8 @@ def header(job: "Job", peak: float) -> None:
     import torch
 
     config, plan, loader = job.config, job.plan, job.loader
-    for key, old, new in job.resolved.changes:
-        console.info(f"override: {key} {old} -> {new}")
+    if changes := [f"{key} {old} -> {new}" for key, old, new in job.resolved.changes]:
+        console.info(f"overrides: {', '.join(changes)}")
     threads = f", {torch.get_num_threads()} threads" if plan.device.type == "cpu" else ""
     precision = "bf16-mixed" if plan.bf16 else "fp32"
     console.info(
@@ -149,4 +149,4 @@ def ending(job: "Job", result: "Result", how: "Ending") -> None:
     for row in rows:
         if row["kind"] == "sample" and row["step"] == result.step:
             console.result(f"  sample: {row['prompt']}|{row['text']}")
-    console.result(f"  next: {how.following}")
+    console.result(f"  next: {' · '.join(how.following)}")

@@ -32,11 +32,13 @@ class Optim(Config):
     """How long."""
     every: int | Literal["auto"] = "auto"
     """A union."""
+    rows: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """A union with a bound."""
 
 
 class Source(Config):
-    name: str
-    """Name."""
+    name: str = Field(pattern="^[a-z]+$")
+    """Letters."""
     path: Annotated[Path, Strict(False)] | None = None
     """Place."""
     hf: str | None = None
@@ -102,11 +104,36 @@ def test_amounts_become_steps_and_read_back():
 
 
 @pytest.mark.parametrize(
-    "text", ["tokens: 10Q", "tokens: 1.0001k", "sample: 3 apples", "optim: {warmup: soon}", "optim: {warmup: 2}"]
+    "text",
+    [
+        "tokens: 10Q",
+        "tokens: 1.0001k",
+        "sample: 3 apples",
+        "optim: {warmup: soon}",
+        "optim: {warmup: 2}",
+        "optim: {warmup: .nan}",
+    ],
 )
 def test_quantities_that_are_none_are_refused(text):
     [message] = errors(text)
     assert "is not a" in message or "expected a" in message
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (f"tokens: {'9' * 320}B", f"tokens: `{'9' * 40}` is too large: expected at most {2**63 - 1}"),
+        (f"tokens: {'9' * 320}", f"`{'9' * 40}` is too large: expected at most {2**63 - 1}"),
+        (f"tokens: {'9' * 5000}", f"`{'9' * 40}` is not a value of type int"),
+        (f"sources: [{{name: a, weight: {'9' * 320}%}}]", f"sources.a.weight: `{'9' * 40}` is too large"),
+        ("optim: {lr: .inf}", "optim.lr: `inf`: must be a finite number"),
+        ("optim: {lr: 1e999}", "optim.lr: `inf`: must be a finite number"),
+        ("sources: [{name: a, weight: .nan}]", "sources.a.weight: `nan`: must be a finite number"),
+    ],
+)
+def test_numbers_without_end_are_refused(text, said):
+    [message] = errors(text)
+    assert said in message
 
 
 def test_an_unknown_key_stands_at_the_key_with_the_nearest_name_and_carets():
@@ -141,6 +168,25 @@ def test_all_errors_are_reported_at_once_in_the_order_of_the_file():
 
 def test_a_number_out_of_range_says_so():
     assert errors("optim: {lr: -1}\n") == ["r.yaml:1:13: optim.lr: `-1`: must be greater than 0"]
+    assert errors("optim: {rows: 0}\n") == ["r.yaml:1:15: optim.rows: `0`: must be greater than or equal to 1"]
+
+
+def test_entries_of_a_list_are_spoken_of_one_by_one_in_their_order():
+    assert errors("on: true\n", "sources=[1, 2]") == [
+        "command line: sources=[1, 2]: sources.0: expected a section, got `1`",
+        "command line: sources=[1, 2]: sources.1: expected a section, got `2`",
+    ]
+
+
+def test_text_that_does_not_fit_gets_the_words_of_its_help():
+    [message] = errors("sources: [{name: a b}]\n")
+    assert message == "r.yaml:1:18: sources.a b.name: `a b` does not fit; expected letters"
+
+
+def test_a_required_value_that_the_command_line_takes_away_is_missed_there():
+    text = "sources:\n  - name: a\n    hf: b\n"
+    assert errors(text, "~sources.a.name") == ["command line: ~sources.a.name: sources.0.name: is required"]
+    assert read(text, "~sources.a.weight").sources[0].hf == "b"
 
 
 def test_a_key_given_twice_names_both_lines():
@@ -157,6 +203,8 @@ def test_text_that_is_no_recipe_is_refused_with_its_place(tmp_path):
     assert "recipes hold plain values, no tags" in errors("on: !!python/name:os.system x\n")[0]
     assert "a key must be a word" in errors("? [1, 2]\n: 3\n")[0]
     assert "not YAML" in errors("a: \x01\n")[0]
+    assert errors("optim: &a\n  x: *a\n") == ["r.yaml:1:1: nested too deeply, or an alias stands inside itself"]
+    assert errors('sources: [{name: a, path: "a\\0b"}]\n') == ["r.yaml:1:27: a NUL character cannot stand here"]
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"name: caf\xe9\n")
     with pytest.raises(RecipeError, match=r"latin.yaml: not UTF-8: byte 9 is 0xe9"):

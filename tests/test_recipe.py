@@ -166,6 +166,19 @@ def test_impossible_numbers_name_all_parties(small):
     )
 
 
+def test_no_devices_and_no_name_are_refused_where_they_are_given(small):
+    with pytest.raises(InvalidRecipe) as error:
+        small("parallel.dp_shard=0", "train.max_epochs=.inf")
+    assert messages(error) == [
+        "command line: parallel.dp_shard=0: `0`: must be greater than or equal to 1",
+        "command line: train.max_epochs=.inf: `inf`: must be a finite number",
+    ]
+    for change, said in (("~name", "name: is required"), ("name=a b", "`a b` does not fit; expected letters, digits")):
+        with pytest.raises(InvalidRecipe) as error:
+            small(change)
+        assert messages(error)[0].startswith(f"command line: {change}: {said}")
+
+
 def test_a_models_own_checks_stand_at_the_value_they_speak_of(small):
     with pytest.raises(InvalidRecipe) as error:
         small("model.num_heads=3")

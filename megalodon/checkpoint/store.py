@@ -4,7 +4,8 @@
       manifest.json                  written last: every file with bytes and sha256, every tensor, what the run was
       state.json                     every scalar of the run
       tensors/shard-00000.safetensors   model.*, optim.exp_avg.*, optim.exp_avg_sq.*, optim.step.*
-    checkpoints/best                 JSON pointer to the step of lowest validation loss
+    checkpoints/best                 JSON pointer to the step of lowest validation loss among those that are kept
+    checkpoints/.bad-step-…          a step that did not verify when it was needed; never read, never removed
     lock.json                        owner of the run directory
 
 The rename is the commit: a directory that has its name is complete. Random numbers need no file: a step draws them
@@ -21,7 +22,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, NamedTuple, Self
@@ -32,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megalodon.config import Config
+from megalodon.config import Config, show
 from megalodon.errors import CheckpointError, EnvironmentFault
 
 FORMAT = "megalodon/checkpoint/1"
@@ -220,7 +221,7 @@ def save_step(
             verify_step(target)
             return target
         except CheckpointError:
-            os.rename(target, root / f".bad-{target.name}-{time.time_ns()}")
+            set_aside(target)
     check_space(root, sum(tensor.nbytes for tensor in tensors.values()))
     try:
         with staged(target) as aside:
@@ -241,17 +242,32 @@ def save_step(
     return target
 
 
+def set_aside(step: Path) -> None:
+    """Take its name from a step that does not verify, so that nothing counts it; its files stay."""
+    os.rename(step, step.with_name(f".bad-{step.name}-{time.time_ns()}"))
+
+
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def check_files(directory: Path, files: Mapping[str, Any], *, hashes: bool = True) -> None:
-    """Compare files with their recorded sizes and hashes.
+def check_files(directory: Path, files: object, *, hashes: bool = True) -> None:
+    """Compare files with their recorded sizes and hashes, `{name: {"bytes": …, "sha256": …}}` as it was read.
 
     Raises:
-        CheckpointError: a file is missing, has another size or other bytes; the message names it and both values.
+        CheckpointError: a file is missing, has another size or other bytes; the message names it and both values. Or
+            the record is not of this form, or names a file outside the directory.
     """
+    if not isinstance(files, Mapping):
+        raise CheckpointError(f"{directory}: its list of files is {show(files)}; expected names with bytes and sha256")
     for name, recorded in files.items():
+        entry = recorded if isinstance(recorded, Mapping) else {}
+        if not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
+            raise CheckpointError(f"{directory}: {name} is listed as {show(recorded)}; expected bytes and sha256")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(
+                f"{directory}: {name} is listed, which lies outside; expected a file of this directory"
+            )
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
@@ -272,7 +288,7 @@ def verify_step(path: Path, verify: Literal["full", "fast"] = "full") -> Saved:
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path / 'manifest.json'} has format {manifest.get('format')!r}; expected {FORMAT!r}")
     try:
-        check_files(path, manifest["files"], hashes=verify == "full")
+        check_files(path, manifest.get("files"), hashes=verify == "full")
         known = {"manifest.json", *manifest["files"]}
         found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
         if extra := sorted(found - known):
@@ -324,29 +340,29 @@ def load_tensors(saved: Saved, targets: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{saved.path} cannot be read: {error}") from error
 
 
-def _scores(root: Path) -> dict[int, float]:
-    """Return the validation loss of every committed step that has one."""
-    manifests = {step: read_json(step_path(root, step) / "manifest.json") for step in steps_in(root)}
-    return {step: m["valid_loss"] for step, m in manifests.items() if m.get("valid_loss") is not None}
+def retain(root: Path, config: CheckpointConfig, committed: int | None = None) -> list[int]:
+    """Remove the checkpoints that nothing asks to keep, point `best` at the best of the others; return the removed.
 
+    Called after a new commit only, and never fails because of an older one: a step that is visibly damaged (its
+    manifest, or the size of a file) has no score, does not count as one of the last, and is left as it is.
+    A directory loses its name before its files.
 
-def best_step(root: Path) -> int | None:
-    """Return the committed step of lowest validation loss, the earlier of two equal ones; None without scores."""
-    scores = _scores(root)
-    return min(scores, key=lambda step: (scores[step], step)) if scores else None
-
-
-def retain(root: Path, config: CheckpointConfig) -> list[int]:
-    """Remove the checkpoints that nothing asks to keep, point `best` at the best; return the removed steps.
-
-    Called after a new commit only. A directory loses its name before its files.
+    Args:
+        committed: the step just saved; always kept.
     """
-    scores, steps = _scores(root), steps_in(root)
-    best = sorted(scores, key=lambda step: (scores[step], step))
-    keep = set(steps[: config.keep_last]) | set(best[: config.keep_best])
-    removed = [s for s in steps if s not in keep and not (config.keep_every and s % config.keep_every == 0)]
-    if best:
-        replace_json(root / "best", {"step": best[0], "valid_loss": scores[best[0]]})
+    scores: dict[int, float | None] = {}  # of every sound step, newest first
+    for step in steps_in(root):
+        with suppress(CheckpointError):
+            loss = verify_step(step_path(root, step), "fast").manifest.get("valid_loss")
+            scores[step] = loss if isinstance(loss, int | float) else None
+    ranked = sorted((loss, step) for step, loss in scores.items() if loss is not None)
+    keep = {committed, *list(scores)[: config.keep_last], *(step for _, step in ranked[: config.keep_best])}
+    keep |= {step for step in scores if config.keep_every and step % config.keep_every == 0}
+    removed = [step for step in scores if step not in keep]
+    if best := next(((loss, step) for loss, step in ranked if step in keep), None):
+        replace_json(root / "best", {"step": best[1], "valid_loss": best[0]})
+    else:
+        (root / "best").unlink(missing_ok=True)
     for step in removed:
         doomed = root / f".del-{step_path(root, step).name}"
         os.rename(step_path(root, step), doomed)

@@ -12,11 +12,12 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, Strict, model_validator
+from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from megalodon.config import Config, Count, Impossible, Share
 from megalodon.data.builtin import generated_texts, stdlib_files
@@ -33,7 +34,23 @@ SUFFIXES: Mapping[str, Format] = {
     ".arrow": "arrow",
 }
 _BOM = b"\xef\xbb\xbf"
-_Path = Annotated[Path, Strict(False)]
+
+
+def _usable_path(value: object) -> object:
+    """Refuse what `Path` would take for the current directory, and what the system takes for no name at all."""
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise ValueError("the path is empty" if not value else "the path holds a NUL character")
+    return value
+
+
+def _known_policy(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch(_ON_ERROR, value):
+        raise ValueError(f"`{value}` is not `fail` or `skip:N`, such as skip:100")
+    return value
+
+
+_Path = Annotated[Path, Strict(False), BeforeValidator(_usable_path)]
+_ON_ERROR = r"^(fail|skip:[0-9]{1,18})$"
 
 
 class _Reading(Config):
@@ -54,7 +71,7 @@ class SourceConfig(_Reading):
     """Its name in overrides, ledgers and the token store."""
     path: _Path | None = None
     """A file, a folder or a glob."""
-    hf: str | None = None
+    hf: Annotated[str, Field(min_length=1)] | None = None
     """A dataset on the Hugging Face Hub, ORG/NAME; only its data files are read, never code."""
     builtin: Literal["python-stdlib", "generated"] | None = None
     """Text that needs no download: Python's own library, or seeded sentences for tests."""
@@ -107,7 +124,7 @@ class CorpusConfig(Config):
     """End every document with EOS."""
     dedup: Literal["none", "exact"] = "none"
     """Drop documents whose text came before."""
-    on_error: Annotated[str, Field(pattern=r"^(fail|skip:[0-9]+)$")] = "fail"
+    on_error: Annotated[str, Field(pattern=_ON_ERROR), BeforeValidator(_known_policy)] = "fail"
     """`fail` at the first document that cannot be read, or `skip:N`: tolerate at most N."""
 
     @model_validator(mode="after")
@@ -289,7 +306,7 @@ def content(inputs: Inputs) -> tuple[int, str] | None:
         with _open(file.path) as stream:
             own = hashlib.file_digest(stream, "sha256").hexdigest()
         total += file.size
-        digest.update(f"{file.key}\0{file.size}\0{own}\n".encode())
+        digest.update(f"{file.key}\0{file.size}\0{own}\n".encode("utf-8", "surrogateescape"))  # any file name
     return total, digest.hexdigest()
 
 
@@ -402,6 +419,8 @@ def _json_text(raw: bytes, field: str) -> tuple[str, int, str]:
         return "", error.start + 1, f"not UTF-8 (byte 0x{raw[error.start]:02x})"
     except RecursionError:
         return "", 1, "not usable JSON (nested too deep)"
+    except ValueError:  # the one thing left that Python refuses to read
+        return "", 1, "not usable JSON (a number has too many digits)"
     if not isinstance(values, dict):
         return "", 1, f"expected an object with `{field}`, got {type(values).__name__}"
     text, reason = _text_of(values, field)
@@ -504,12 +523,17 @@ def _from_hub(config: SourceConfig, revision: str | None, rejects: Rejects, offl
 
 
 def sample_texts(
-    sources: Sequence[Inputs], budget: int, keep: Callable[[str], bool], max_rejects: int, offline: bool = False
+    sources: Sequence[Inputs],
+    budget: int,
+    keep: Callable[[str], bool],
+    max_rejects: int,
+    offline: bool = False,
+    revisions: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Yield about `budget` bytes of lines, the same share from each source, spread over the whole of it.
 
     keep: says whether a document may be looked at (validation text may not). A Hub dataset gives its first part, since
-    its size is unknown. Raises: as `documents`.
+    its size is unknown; it is read at its commit in `revisions`. Raises: as `documents`.
     """
     share = budget / max(1, len(sources))
     rejects = Rejects(max_rejects)
@@ -517,7 +541,7 @@ def sample_texts(
         size = sum(file.size for file in inputs.files)
         rate = min(1.0, share / size) if size else 1.0
         seen = taken = 0
-        for document in documents(inputs, rejects, offline=offline):
+        for document in documents(inputs, rejects, (revisions or {}).get(inputs.config.name), offline):
             if not keep(document.text):
                 continue
             for line in document.text.splitlines(keepends=True):

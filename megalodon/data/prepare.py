@@ -29,7 +29,7 @@ from megalodon.data.ingest import (
     resolve,
     sample_texts,
 )
-from megalodon.data.shards import MANIFEST, ShardWriter, Store, TokenDocument, open_store, written_aside
+from megalodon.data.shards import MANIFEST, ShardWriter, Store, TokenDocument, check_shape, open_store, written_aside
 from megalodon.data.tokenizer import (
     ByteTokenizer,
     Tokenizer,
@@ -106,28 +106,42 @@ class Prepared(NamedTuple):
     """What the user should know: what was found, what could not be compared."""
 
 
+_ABOUT = {
+    "tokenizer": {"kind": str, "sha256": str},
+    "bos": bool,
+    "eos": bool,
+    "sources": [{"name": str, "bytes": int, "sha256": str}],
+    "request": {"sources": dict},
+    "ledger": dict.fromkeys(Ledger._fields, int),
+    "valid_fingerprint": str,
+}
+"""What the manifest of a training part holds besides its shards, as `check_shape` reads it."""
+
+
 def open_prepared(directory: Path) -> Prepared:
     """Open a store with its validation part and tokenizer. Raises: DataError if parts are missing or do not match."""
     train, valid = open_store(directory), open_store(directory / VALID)
-    kinds = {"tokenizer": dict, "ledger": dict, "sources": list, "request": dict}
-    if wrong := [key for key, kind in kinds.items() if not isinstance(train.manifest.get(key), kind)]:
-        raise DataError(f"{directory / MANIFEST}: {', '.join(wrong)} is missing or malformed; tokenize again")
+    check_shape(directory / MANIFEST, train.manifest, _ABOUT)
+    named, asked = [entry["name"] for entry in train.manifest["sources"]], train.manifest["request"]["sources"]
+    if named != sorted(asked):
+        raise DataError(
+            f"{directory / MANIFEST}: sources are {', '.join(named) or 'none'}, and request.sources are "
+            f"{', '.join(sorted(asked)) or 'none'}; tokenize again"
+        )
     tokenizer = load_tokenizer(directory / TOKENIZER)
-    expected = train.manifest["tokenizer"].get("sha256")
+    expected = train.manifest["tokenizer"]["sha256"]
     if tokenizer.sha256 != expected:
         raise DataError(
             f"{directory / TOKENIZER}: its sha256 is {tokenizer.sha256[:16]}, the store was made with "
-            f"{str(expected)[:16]}; tokenize again"
+            f"{expected[:16]}; tokenize again"
         )
-    if valid.fingerprint != (told := train.manifest.get("valid_fingerprint")):
+    if valid.fingerprint != (told := train.manifest["valid_fingerprint"]):
         raise DataError(
             f"{directory / VALID}: its fingerprint is {valid.fingerprint[:16]}, the manifest of {directory} says "
-            f"{str(told)[:16]}; tokenize again"
+            f"{told[:16]}; tokenize again"
         )
-    ledger = train.manifest["ledger"]
-    if set(ledger) != set(Ledger._fields):
-        raise DataError(f"{directory / MANIFEST}: the ledger is missing or malformed; tokenize again")
-    return Prepared(train, valid, tokenizer, Ledger(**ledger), True, ())
+    ledger = Ledger(**{key: train.manifest["ledger"][key] for key in Ledger._fields})
+    return Prepared(train, valid, tokenizer, ledger, True, ())
 
 
 def verify_prepared(directory: Path) -> Prepared:
@@ -248,8 +262,9 @@ def _reuse(
         if own and own != (entry["bytes"], entry["sha256"]):
             there, here = f"{entry['bytes']:,} bytes, {entry['sha256'][:16]}", f"{own[0]:,} bytes, {own[1][:16]}"
             found.append(f"the text of source {config.name} is ({there}) there and ({here}) here")
-        if config.hf and config.revision not in (None, entry["revision"]):
-            found.append(f"the revision of {config.name} is {entry['revision']} there and {config.revision} here")
+        if config.hf and config.revision not in (None, entry.get("revision")):
+            there = entry.get("revision")
+            found.append(f"the revision of {config.name} is {there} there and {config.revision} here")
     if found:
         raise DataError(
             f"{directory} holds a store that does not fit: {'; '.join(found)}",
@@ -273,6 +288,7 @@ def _tokenizer(
     model_file: Path | None,
     report: Report,
     offline: bool,
+    revisions: Mapping[str, str],
 ) -> Tokenizer:
     if config.kind == "bytes":
         return ByteTokenizer(config.reserve)
@@ -282,7 +298,7 @@ def _tokenizer(
     fraction = data.valid.fraction if data.valid.path is None else 0.0
     trained_on = [inputs for inputs in sources if inputs.config.name != _VALID_SOURCE or data.valid.path is None]
     texts = sample_texts(
-        trained_on, config.sample, lambda text: not is_valid(text, fraction), data.max_rejects(), offline=offline
+        trained_on, config.sample, lambda text: not is_valid(text, fraction), data.max_rejects(), offline, revisions
     )
     return train_sentencepiece(texts, config.vocab_size, config.reserve, config.model_type)
 
@@ -337,7 +353,7 @@ def _build(
     offline: bool,
 ) -> None:
     revisions = {i.config.name: hub_revision(i.config, offline) for i in sources if i.config.hf is not None}
-    tokenizer = _tokenizer(data, sources, config, model_file, report, offline)
+    tokenizer = _tokenizer(data, sources, config, model_file, report, offline, revisions)
     (aside / TOKENIZER).mkdir()
     tokenizer.save(aside / TOKENIZER)
     rejects, builder, entries = Rejects(data.max_rejects()), _Builder(data, tokenizer, aside), []
@@ -395,7 +411,8 @@ def _finish(
     _refuse_empty(data, ledger)
     if rejects.records:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejects.records)
-        (aside / REJECTS).write_text(lines, encoding="utf-8", newline="\n")
+        # A file name that is not UTF-8 becomes \udcXX, which JSON reads back as the same name.
+        (aside / REJECTS).write_text(lines, encoding="utf-8", errors="backslashreplace", newline="\n")
     tokenizer = builder.tokenizer
     about: Mapping[str, Any] = {
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},

@@ -9,11 +9,14 @@ Not here: from a recipe to a store (megalodon/data/prepare.py), windows and batc
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,13 +94,11 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         size = self._stream.tell()
-        _sync(self._stream)
         self._stream.close()
         self._stream = None
         index = self.directory / f"{self._name}.idx"
         with index.open("wb") as stream:
             np.save(stream, np.array(self._starts, dtype="<i8"))
-            _sync(stream)
         files = [
             {"name": f"{self._name}.bin", "bytes": size, "sha256": self._hash.hexdigest()},
             {"name": index.name, "bytes": index.stat().st_size, "sha256": file_sha256(index)},
@@ -135,15 +136,17 @@ class ShardWriter:
                 "shards": self._shards,
             }
         )
-        with (self.directory / MANIFEST).open("wb") as stream:
-            stream.write(manifest)
-            _sync(stream)
+        (self.directory / MANIFEST).write_bytes(manifest)
         return hashlib.sha256(manifest).hexdigest()
 
 
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
+def _sync(path: Path) -> None:
+    """Bring a file or the names in a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:
@@ -156,21 +159,72 @@ def file_sha256(path: Path) -> str:
 def written_aside(directory: Path) -> Iterator[Path]:
     """Give a directory to write into, which takes its name at the end of the block and vanishes on any error.
 
-    Raises: DataError if `directory` already holds something, or if a file stands where a directory must be made.
+    All of it is on the disk before it has its name. What killed processes left of it is removed first.
+    Raises: DataError if `directory` already holds something or another process makes it meanwhile, or if a file stands
+    where a directory must be made.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir()) or directory.samefile(os.curdir)):
         raise DataError(f"{directory} already exists and is not a token store; choose another directory or remove it")
     aside = directory.parent / f".tmp-{os.getpid()}-{directory.name}"
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(directory)
+        aside.mkdir()
     except (FileExistsError, NotADirectoryError):
         raise DataError(f"{directory}: {directory.parent} is not a directory; choose another place") from None
     try:
-        yield aside
-        os.replace(aside, directory)
+        with _held(aside):
+            yield aside
+        for path in (*aside.rglob("*"), aside):
+            _sync(path)
+        _give_name(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _give_name(aside: Path, directory: Path) -> None:
+    try:
+        os.replace(aside, directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise DataError(f"{directory} was made by another process meanwhile; the same command opens that one") from None
+    _sync(directory.parent)
+
+
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[bool]:
+    """Hold the kernel's lock of a directory, which ends with the process; False if it could not be had."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:  # another process has it, or this file system has no locks
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what processes that are gone left of `directory`: no such pid here, and no lock held from elsewhere."""
+    for path in directory.parent.iterdir():
+        match = re.fullmatch(rf"\.tmp-([0-9]+)-{re.escape(directory.name)}", path.name)
+        if match and (int(match[1]) == os.getpid() or not _lives(int(match[1]))):
+            with contextlib.suppress(OSError), _held(path) as held:
+                if held:
+                    shutil.rmtree(path)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_store(
@@ -295,40 +349,52 @@ def open_store(path: Path, vocab_size: int | None = None) -> Store:
     return store
 
 
-_SHARD_KEYS = {"name": str, "source": str, "tokens": int, "documents": int, "text_bytes": int, "max_id": int}
+_FILE = {"name": str, "bytes": int, "sha256": str}
+_SHARD = {"name": str, "source": str, "tokens": int, "documents": int, "text_bytes": int, "max_id": int}
+_PART = {
+    **{"vocab_size": int, "tokens": int, "documents": int, "text_bytes": int},
+    "shards": [{**_SHARD, "files": [_FILE]}],
+}
+_NAMES = {str: "text", int: "a count", bool: "true or false", dict: "an object", list: "a list"}
+
+
+def check_shape(path: Path, value: object, shape: Any, key: str = "") -> None:
+    """Compare JSON with a shape: a type (int is a count, from 0), {key: shape} or [shape of each entry].
+
+    Keys that the shape does not name are free. Raises: DataError naming file and key, what came and what was expected.
+    """
+    kind = shape if isinstance(shape, type) else type(shape)
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
+        got = "missing" if value is None else json.dumps(value)[:60]
+        raise DataError(f"{path}: {key} is {got}, expected {_NAMES[kind]}; tokenize again")
+    entries: Iterable[tuple[object, object, Any]] = ()
+    if isinstance(shape, dict) and isinstance(value, dict):
+        entries = [(name, value.get(name), inner) for name, inner in shape.items()]
+    elif isinstance(shape, list) and isinstance(value, list):
+        entries = [(number, item, shape[0]) for number, item in enumerate(value)]
+    for name, item, inner in entries:
+        check_shape(path, item, inner, f"{key}.{name}".lstrip("."))
 
 
 def _checked_manifest(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); tokenize again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path}: expected format `{FORMAT}`; this is not a token store")
     if manifest.get("version") != VERSION:
         raise DataError(f"{path}: version is {manifest.get('version')}, this program reads {VERSION}; tokenize again")
-    numbers = all(type(manifest.get(key)) is int for key in ("vocab_size", "tokens", "documents", "text_bytes"))
-    shards = manifest.get("shards")
-    if not numbers or not isinstance(shards, list) or not all(_shard_entry(entry) for entry in shards):
-        raise DataError(f"{path}: vocab_size, counts or shards are missing or malformed; tokenize again")
+    check_shape(path, manifest, _PART)
+    for number, entry in enumerate(manifest["shards"]):
+        names = [entry["name"], *(file["name"] for file in entry["files"])]
+        if names != (wanted := [f"{number:05d}", f"{number:05d}.bin", f"{number:05d}.idx"]):
+            raise DataError(f"{path}: shards.{number} names {names}, expected {wanted}; tokenize again")
     if manifest.get("dtype") != (expected := token_dtype(manifest["vocab_size"]).name):
         raise DataError(
             f"{path}: dtype is {manifest.get('dtype')}, expected {expected} for its vocab_size; tokenize again"
         )
     return manifest
-
-
-def _shard_entry(entry: Any) -> bool:
-    if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in _SHARD_KEYS.items()):
-        return False
-    files = entry.get("files")
-    names = [f"{entry['name']}.bin", f"{entry['name']}.idx"]
-    return (
-        re.fullmatch(r"[0-9]{5,}", entry["name"]) is not None
-        and isinstance(files, list)
-        and all(isinstance(file, dict) and type(file.get("bytes")) is int for file in files)
-        and [(file.get("name"), type(file.get("sha256"))) for file in files] == [(name, str) for name in names]
-    )
 
 
 def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> Shard:
@@ -348,7 +414,7 @@ def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any
         )
     try:
         index = np.load(path / index_name, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError) as error:  # of numpy's header parser
         raise DataError(f"{path / index_name}: shard {entry['name']}: not a .npy file ({error})") from None
     if index.dtype != np.dtype("<i8") or index.shape != (entry["documents"] + 1,):
         raise bad(index_name, "the index", f"{index.dtype}{index.shape}", f"int64({entry['documents'] + 1},)")

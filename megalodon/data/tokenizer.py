@@ -39,7 +39,7 @@ class TokenizerConfig(Config):
     """`sentencepiece`, or `bytes`: one id for each byte of UTF-8."""
     path: str | None = None
     """A SentencePiece FILE.model; null trains one on `data.sources`."""
-    vocab_size: Annotated[Count, Field(gt=0)] = 32000
+    vocab_size: Annotated[Count, Field(gt=0, le=1 << 20)] = 32000
     """Ids of a tokenizer that is trained, special and reserved ones included."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """The SentencePiece algorithm of a tokenizer that is trained."""
@@ -236,10 +236,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def _byte_tokenizer(path: Path, content: bytes) -> ByteTokenizer:
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); write the tokenizer again") from None
     reserve = values.get("reserve") if isinstance(values, dict) else None
-    if not isinstance(reserve, int) or values != {"kind": "bytes", "reserve": reserve, "version": 1} or reserve < 0:
+    if (
+        type(reserve) is not int
+        or not 0 <= reserve <= 1024
+        or values != {"kind": "bytes", "reserve": reserve, "version": 1}
+    ):
         raise DataError(f'{path}: expected {{"kind": "bytes", "reserve": N, "version": 1}}, got {str(values)[:80]}')
     return ByteTokenizer(reserve)
 
@@ -303,7 +307,7 @@ def train_sentencepiece(
             num_threads=1,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a size that its 32-bit integers do not hold
         reason = " ".join(str(error).split()).rpartition("] ")[2]
         raise DataError(
             f"tokenizer.vocab_size {vocab_size:,} does not fit the text: {reason or error}; "

@@ -5,6 +5,9 @@ import statistics
 from collections import deque
 from typing import Any, Literal, NamedTuple
 
+from pydantic import Field
+
+from megalodon.config import Config
 from megalodon.errors import NumericalError
 
 WINDOW = 128
@@ -13,6 +16,17 @@ IN_A_ROW = 3
 """Skipped steps in a row that stop the run."""
 RECENT, RECENT_SHARE = 1000, 0.01
 """More than this share of the recent steps skipped stops the run too."""
+
+
+class GuardConfig(Config):
+    """What happens to a step that looks wrong (the `train.guard:` section of a recipe)."""
+
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """A loss or gradient that is not finite: skip the update (three in a row stop the run) or stop at once."""
+    spike: Literal["log", "skip", "rollback"] = "log"
+    """A loss or gradient norm far above the recent ones."""
+    max_rollbacks: int = Field(default=0, ge=0)
+    """Returns to an earlier checkpoint before the run gives up."""
 
 
 class Verdict(NamedTuple):

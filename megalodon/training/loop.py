@@ -1,7 +1,7 @@
 """The training step on one screen, and the loop around it: evaluate, save, resume, stop.
 
     plan = make_plan(train, optim, checkpoint, log, parallel, seq_len=…, windows=…, device="auto")
-    result = train(model_config, loader, plan, run=…, evaluate=Task(…), sample=Task(…), report=…, stop=…)
+    result = train(model_config, loader, plan, Run(directory, …, tasks=(Task(…),), report=…, stop=…))
 
 A step is a pure function of the parameters, the moments and its own number: the number gives the samples, the learning
 rate and the seed of dropout. What a checkpoint holds is therefore enough to continue bit by bit.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,30 +31,22 @@ from megalodon.checkpoint.store import (
     newest_good_step,
     retain,
     save_step,
+    set_aside,
+    step_path,
+    steps_in,
 )
-from megalodon.config import Amount, Config, Count, show
+from megalodon.config import Amount, Config, Count, InvalidRecipe, Place, Problem, show
 from megalodon.data.loader import IGNORED, Batch, Loader
-from megalodon.errors import CheckpointError, EnvironmentFault, InputError, OutOfMemory, RecipeError
+from megalodon.errors import CheckpointError, EnvironmentFault, InputError, NumericalError, OutOfMemory, RecipeError
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon, ModelConfig
-from megalodon.training.guard import StepGuard
+from megalodon.training.guard import GuardConfig, StepGuard
 from megalodon.training.metrics import LogConfig, MetricsLog, flops_per_token, peak_memory
-from megalodon.training.optim import OptimConfig, build_optimizer, clip, gradient_norm
+from megalodon.training.optim import OptimConfig, build_optimizer, clip, gradient_norm, optimizer_tensors
 from megalodon.training.schedule import horizon_steps, learning_rate
 
 MICRO_TOKENS = {"cpu": 8_192, "cuda": 16_384}
 """Tokens of a forward pass with `micro_batch: auto`."""
-
-
-class GuardConfig(Config):
-    """What happens to a step that looks wrong (the `train.guard:` section of a recipe)."""
-
-    nonfinite: Literal["skip", "stop"] = "skip"
-    """A loss or gradient that is not finite: skip the update (three in a row stop the run) or stop at once."""
-    spike: Literal["log", "skip", "rollback"] = "log"
-    """A loss or gradient norm far above the recent ones."""
-    max_rollbacks: int = Field(default=0, ge=0)
-    """Returns to an earlier checkpoint before the run gives up."""
 
 
 class SeqLenWarmupConfig(Config):
@@ -77,8 +69,8 @@ class TrainConfig(Config):
     """Horizon in passes over the training windows."""
     batch_tokens: Count = Field(default=524_288, ge=1)
     """Tokens of an optimizer step over all devices; accumulation follows."""
-    micro_batch: Literal["auto"] | int = "auto"
-    """Sequences in one forward pass; auto: as many as 8,192 tokens hold on a CPU, 65,536 on a GPU."""
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Sequences in one forward pass; auto: as many as 8,192 tokens hold on a CPU, 16,384 on a GPU."""
     precision: Literal["auto", "bf16-mixed", "bf16", "fp32"] = "auto"
     """Arithmetic: auto is bf16-mixed on a GPU and fp32 on a CPU."""
     backend: Literal["auto", "triton", "portable", "reference"] = "auto"
@@ -104,7 +96,7 @@ class ParallelConfig(Config):
 
     dp_replicate: int = Field(default=1, ge=1)
     """Whole copies of the model."""
-    dp_shard: Literal["all"] | int = "all"
+    dp_shard: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     """Devices that share one copy; all = those the other three leave."""
     cp: int = Field(default=1, ge=1)
     """Devices that share one sequence (chunk parallelism)."""
@@ -154,7 +146,8 @@ def make_plan(
         windows: training windows of an epoch.
         device:  auto, cpu, cuda or cuda:N.
     Raises:
-        RecipeError: a value that this version cannot honour, or numbers that do not go together; each is named.
+        InvalidRecipe: values that this version cannot honour, each by its key.
+        RecipeError: numbers that do not go together; each is named.
         EnvironmentFault: the device is not there.
     """
     place = _device(device)
@@ -168,7 +161,7 @@ def make_plan(
     micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= limit)
     if config.micro_batch != "auto":
         micro = config.micro_batch
-        if micro < 1 or rows % micro:
+        if rows % micro:
             fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
             raise RecipeError(f"train.micro_batch {micro} does not divide the {rows} sequences of a step; fits: {fits}")
     horizon = horizon_steps(
@@ -204,7 +197,7 @@ def _refuse_unsupported(
     parallel: ParallelConfig,
     device: torch.device,
 ) -> None:
-    """Raises: RecipeError with a line for each value that this version would otherwise ignore."""
+    """Raises: InvalidRecipe with a problem for each value that this version would otherwise ignore."""
     values: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("train.precision", config.precision, ("auto", "bf16-mixed", "fp32")),
         ("train.backend", config.backend, ("auto", "portable", "reference")),
@@ -225,12 +218,14 @@ def _refuse_unsupported(
         ("parallel.tp", parallel.tp, (1,)),
     )
     refused = [
-        f"{key} {show(value)} is not available in this version; expected {' or '.join(map(show, allowed))}"
+        Problem(
+            Place("recipe"), key, f"{show(value)} is not available here; expected {' or '.join(map(show, allowed))}"
+        )
         for key, value, allowed in values
         if value not in allowed
     ]
     if refused:
-        raise RecipeError("\n".join(refused))
+        raise InvalidRecipe(refused)
 
 
 Row = dict[str, Any]
@@ -266,6 +261,8 @@ class Run:
     """What the manifest of a checkpoint records besides its files: frozen values, versions."""
     tasks: tuple[Task, ...] = ()
     """In the order in which they run."""
+    begin: Callable[[], None] = lambda: None
+    """Called once the state of the run is in place; only from then on the run directory changes."""
     report: Report = lambda row: None
     stop: Callable[[], str | None] = lambda: None
     """Returns why the run is to stop after this step, or None."""
@@ -297,9 +294,14 @@ def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Re
         NumericalError: the guard gave up.   CheckpointError: checkpoints exist and none can be used.
         EnvironmentFault: a checkpoint could not be written.   OutOfMemory: the device's memory does not suffice.
     """
-    with _deterministic(plan.config.deterministic), _out_of_memory(plan), contextlib.ExitStack() as stack:
+    smaller = f"train.micro_batch={plan.micro_rows // 2}" if plan.micro_rows > 1 else "a smaller data.seq_len or model"
+    with _out_of_memory(plan.device, "a smaller model"):
         trainer = Trainer(model_config, loader, plan, run)
-        stack.callback(trainer.metrics.close)
+    with (
+        _deterministic(plan.config.deterministic),
+        _out_of_memory(plan.device, smaller),
+        contextlib.closing(trainer.metrics),
+    ):
         trainer.resume()
         return trainer.run_to_the_end()
 
@@ -452,7 +454,12 @@ class Trainer:
         found: list[Row] = []
         self.model.eval()
         for task in due:
-            rows = task.call(self.model)
+            try:
+                rows = task.call(self.model)
+            except Exception as error:  # whatever it is, the steps since the last save must not be lost with it
+                if not isinstance(error, NumericalError):
+                    self._save()
+                raise
             if rows is None:
                 return False
             found += rows
@@ -517,24 +524,27 @@ class Trainer:
             self.saved_at = time.monotonic()
             return
         self.saved_step, self.saved_at = self.step, time.monotonic()
-        retain(self.checkpoints, self.plan.checkpoint)
+        retain(self.checkpoints, self.plan.checkpoint, self.step)
         text = f"saved step {self.step:,} in {self.saved_at - begin:.1f} s: {self.saved}"
         self.run.report({"kind": "note", "event": "saved", "step": self.step, "text": text})
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint that verifies, or start at step 0; what came after it is forgotten."""
+        """Continue from the newest checkpoint that verifies, or start at step 0; what came after it is set aside."""
         if self.checkpoints.is_dir():
             clean_leftovers(self.checkpoints)
         saved, faults = newest_good_step(self.checkpoints, self.plan.checkpoint.verify)
         for fault in faults:
             self.run.report({"kind": "warning", "text": f"{fault}; trying the checkpoint before it"})
-        if saved is None:
-            self.metrics.open_at(0, False)
-            return
-        self._restore(saved)
+        if saved is not None:
+            self._restore(saved)
+        self.run.begin()
+        for step in steps_in(self.checkpoints):
+            if step > self.step:  # they did not verify, and would push good ones out of what is kept
+                set_aside(step_path(self.checkpoints, step))
         self.metrics.open_at(self.step, self.observed == self.step)
-        text = f"resuming at step {self.step:,} ({self.tokens:,} tokens seen)"
-        self.run.report({"kind": "note", "event": "resumed", "step": self.step, "text": text})
+        if saved is not None:
+            text = f"resuming at step {self.step:,} ({self.tokens:,} tokens seen)"
+            self.run.report({"kind": "note", "event": "resumed", "step": self.step, "text": text})
 
     def _restore(self, saved: Saved) -> None:
         state = saved.state
@@ -556,16 +566,6 @@ class Trainer:
         self.saved, self.saved_step = saved.path, self.step
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the live state of AdamW by parameter name: optim.exp_avg.*, optim.exp_avg_sq.*, optim.step.*."""
-    return {
-        f"optim.{kind}.{name}": optimizer.state[parameter][kind]
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        for kind in ("exp_avg", "exp_avg_sq", "step")
-    }
-
-
 def _step_seed(seed: int, step: int) -> int:
     """Return the seed of the random numbers of a step: a resumed run draws what an uninterrupted one would."""
     return int.from_bytes(hashlib.sha256(f"{seed}|dropout|{step}".encode()).digest()[:8], "little") >> 1
@@ -584,11 +584,12 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _out_of_memory(plan: Plan) -> Iterator[None]:
+def _out_of_memory(device: torch.device, smaller: str) -> Iterator[None]:
+    """Raises: OutOfMemory, with what would fit, for what PyTorch and Python raise on a GPU and on a CPU."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        first_line = str(error).splitlines()[0]
-        smaller = max(1, plan.micro_rows // 2)
-        hint = f"train.micro_batch={smaller}" if plan.micro_rows > 1 else "a smaller data.seq_len or model"
-        raise OutOfMemory(f"out of memory on {plan.device}: {first_line}", hint) from error
+    except (MemoryError, RuntimeError) as error:
+        said = (str(error).splitlines() or [""])[0].rpartition("DefaultCPUAllocator: ")[2]
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
+            raise
+        raise OutOfMemory(f"out of memory on {device}: {said or 'Python found none'}", smaller) from error

@@ -6,10 +6,10 @@ Not here: the learning rate of a step (schedule.py), the verdict on a gradient (
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from megalodon.config import Amount, Config
+from megalodon.config import Amount, Config, show
 
 
 class OptimConfig(Config):
@@ -40,6 +40,13 @@ class OptimConfig(Config):
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the penalty on log² of the softmax normaliser."""
 
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"`{show(betas)}`: expected two numbers from 0 to below 1, such as [0.9, 0.95]")
+        return betas
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW over the named parameters of `model`: one group that decays and, with `matrices`, one that does not.
@@ -65,6 +72,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the live state of AdamW by parameter name: optim.exp_avg.*, optim.exp_avg_sq.*, optim.step.*."""
+    return {
+        f"optim.{kind}.{name}": optimizer.state[parameter][kind]
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for kind in ("exp_avg", "exp_avg_sq", "step")
+    }
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from megalodon.checkpoint.store import read_json, replace_json
-from megalodon.config import show
-from megalodon.errors import CheckpointError
+from megalodon.config import show, suggest
+from megalodon.errors import CheckpointError, InputError
 
 FORMAT = "megalodon/run/1"
 FROZEN = ("model.", "tokenizer.", "data.", "optim.", "train.seed", "train.batch_tokens", "train.precision")
@@ -75,10 +75,11 @@ def check_directory(directory: Path, *, fresh: bool = False) -> None:
     Args:
         fresh: a run that is there already is refused too (`--resume never`).
     Raises:
-        CheckpointError: the path is a file, holds foreign files, or a run although none is wanted.
+        CheckpointError: the path is a file or lies below one, holds foreign files, or a run although none is wanted.
     """
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; expected a run directory, or a path that does not exist yet")
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    if not there.is_dir():
+        raise CheckpointError(f"{there} is a file; expected a run directory, or a path that does not exist yet")
     if (directory / "run.json").exists():
         if fresh:
             raise CheckpointError(f"{directory} holds a run; --resume never needs another -o, or leave --resume out")
@@ -98,14 +99,19 @@ def open_record(directory: Path, frozen: Mapping[str, Any], allow: Sequence[str]
         allow:  dotted keys whose change the user wants; recorded by the caller.
     Raises:
         CheckpointError: the directory holds another run; the message lists every difference with both values.
+        InputError: a key in `allow` is none that a run keeps for life.
     """
     path = directory / "run.json"
-    if not path.exists():
-        return None
-    values = read_json(path)
-    if values.get("format") != FORMAT:
+    values = read_json(path) if path.exists() else None
+    if values is not None and values.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {show(values.get('format'))}; expected {FORMAT}")
-    there = values.get("frozen", {})
+    there = values.get("frozen", {}) if values else frozen
+    if unknown := [key for key in allow if key not in frozen and key not in there]:
+        near = suggest(unknown[0], [*frozen, *there])
+        meant = f"did you mean {near}?" if near else "expected a key that a run keeps for life, such as optim.lr"
+        raise InputError(f"--allow-change {unknown[0]}: {meant}")
+    if values is None:
+        return None
     keys = [key for key in (*there, *(k for k in frozen if k not in there)) if there.get(key) != frozen.get(key)]
     refused = [key for key in keys if key not in allow]
     if refused:
@@ -118,6 +124,13 @@ def open_record(directory: Path, frozen: Mapping[str, Any], allow: Sequence[str]
 def new_record(directory: Path, frozen: Mapping[str, Any], **values: Any) -> RunRecord:
     """Return the record of a run that begins; nothing is written yet."""
     return RunRecord(directory, {"format": FORMAT, **values, "frozen": dict(frozen), "allowed": []})
+
+
+def drop_unbegun(directory: Path) -> None:
+    """Remove the directory of a run that failed before it began: no run.json, nothing but its lock, which is ours."""
+    if [path.name for path in directory.iterdir()] == ["lock.json"]:
+        (directory / "lock.json").unlink()
+        directory.rmdir()
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megalodon.errors import InputError
-from megalodon_cli import console
-from megalodon_cli.checkpoints import model_directory
+from megalodon_cli import checkpoints, console
 
 if TYPE_CHECKING:
     from megalodon.inference.sampling import SamplingConfig
@@ -22,6 +21,7 @@ def generate(
         typer.Argument(
             metavar="CKPT",
             help="A model directory, a run, or its name under runs/; the newest finished run if left out.",
+            autocompletion=checkpoints.complete,
         ),
     ] = None,
     prompt: Annotated[
@@ -63,7 +63,7 @@ def generate(
         typer.Option("--seed", help="Same seed, same text; drawn and printed if left out.", rich_help_panel="Run"),
     ] = None,
 ) -> None:
-    """Continue a text with a trained model, in constant memory at any length.
+    """Continue a text with a trained model, on the CPU, in constant memory at any length.
 
     The text goes to stdout as it is written, speed and seed to stderr.
     It ends at the model's end of text, at a --stop text, or after -n tokens.
@@ -89,7 +89,7 @@ def generate(
     if stop and "" in stop:
         raise InputError("a stop string is empty; expected at least 1 character")
     text = _prompt(prompt, file)
-    directory = model_directory(checkpoint)
+    directory = checkpoints.model_directory(checkpoint)
     _write(load_writer(directory), directory, text, max_new_tokens, sampling, stop or [])
 
 

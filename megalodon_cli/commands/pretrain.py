@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
 
-from megalodon.errors import MegalodonError, RecipeError, Stopped
+from megalodon.errors import InputError, MegalodonError, RecipeError, Stopped
 from megalodon_cli import console, recipe_files, training_job
 from megalodon_cli.training_job import Job
 from megalodon_cli.training_screen import Screen, ending, header
 
 if TYPE_CHECKING:
     from megalodon.training.loop import Plan
+
+
+def _directory(text: str) -> Path:
+    if not text:
+        raise InputError("-o/--out-dir: expected a directory such as runs/mine, got an empty name")
+    return Path(text)
 
 
 def pretrain(
@@ -60,7 +66,13 @@ def pretrain(
     out_dir: Annotated[
         Path | None,
         typer.Option(
-            "--out-dir", "--output-dir", "-o", help="The run; runs/NAME if left out.", rich_help_panel="Output"
+            "--out-dir",
+            "--output-dir",
+            "-o",
+            parser=_directory,
+            metavar="DIRECTORY",
+            help="The run; runs/NAME if left out.",
+            rich_help_panel="Output",
         ),
     ] = None,
 ) -> None:
@@ -79,22 +91,28 @@ def pretrain(
     names, changes = recipe_files.split(arguments)
     if not names:
         raise RecipeError("no recipe; expected a shipped name or a file ending in .yaml", "megalodon recipes ls")
-    changes += [f"train.max_steps={max_steps}"] if max_steps else []
-    changes += [f"train.max_tokens={max_tokens}"] if max_tokens else []
+    for option, horizon in (("max-steps", max_steps), ("max-tokens", max_tokens)):
+        if horizon == "":
+            raise RecipeError(f"--{option}: expected a number such as 2000 or 2M, got nothing")
+        changes += [] if horizon is None else [f"train.{option.replace('-', '_')}={horizon}"]
+    seconds = _seconds(max_time)
     resolved = recipe_files.load(names, changes)
     with Signals() as signals:
         job = training_job.prepare(resolved, device, resume, out_dir, allow_change or [], no_prepare)
         if job is not None:
-            _train(job, signals, _seconds(max_time), stop_at_step, force_unlock)
+            _train(job, signals, seconds, stop_at_step, force_unlock)
 
 
 def _seconds(text: str | None) -> float | None:
     from megalodon.config import parse_duration
 
     try:
-        return None if text is None else float(str(parse_duration(text)))
+        seconds = None if text is None else float(str(parse_duration(text)))
     except ValueError as error:
         raise RecipeError(f"--max-time: {error}") from None
+    if seconds == 0:
+        raise RecipeError(f"--max-time: `{text}` leaves no time for a step; expected a time such as 90s, 20m or 2h")
+    return seconds
 
 
 class Signals:
@@ -136,6 +154,7 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
     from megalodon.evaluation.perplexity import unigram_bits_per_byte
     from megalodon.training.host_memory import keep_freed_memory
     from megalodon.training.loop import Run, train
+    from megalodon.training.run import drop_unbegun
 
     config, plan, tokenizer = job.config, job.plan, job.prepared.tokenizer
     if plan.device.type == "cpu":
@@ -150,7 +169,7 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
         if lock.taken_over:
             console.note(f"{job.directory} was left by {lock.taken_over}, which is gone; taking over")
         clean_leftovers(job.directory)
-        record = training_job.begin(job, unigram)
+        record = training_job.record_of(job)
         screen = Screen(live, plan.horizon, config.log.every, record)
         run = Run(
             directory=job.directory,
@@ -158,6 +177,7 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
             bytes_table=bytes_table,
             about={"frozen": dict(job.frozen), "tokenizer": tokenizer.sha256, "horizon": plan.horizon},
             tasks=training_job.tasks(job, bytes_table, lambda: signals.number is not None),
+            begin=lambda: training_job.begin(job, record, unigram),
             report=screen,
             stop=signals.reason,
             stop_at_step=stop_at_step,
@@ -169,7 +189,8 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
             result = train(job.model_config, job.loader, plan, run)
             ended = training_job.finish(job, record, result, unigram)
         except BaseException as error:
-            if not isinstance(error, Stopped):
+            drop_unbegun(job.directory)
+            if record.values.get("status") == "running":  # a run that was refused before it began keeps its record
                 kind = "failed" if isinstance(error, Exception) else "stopped"
                 record.update(status=kind, error=str(error) if isinstance(error, MegalodonError) else repr(error))
             raise

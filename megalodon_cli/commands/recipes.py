@@ -33,18 +33,10 @@ Names = Annotated[
 Kind = Literal["pretrain", "finetune"]
 
 
-def _amount(number: float) -> str:
-    """Write 220627968 as 220.6M."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}".rstrip("0").rstrip(".") + unit
-    return f"{number:g}"
-
-
 def _horizon(train: Any) -> str:
     if train.max_epochs is not None:
         return f"{train.max_epochs:g} epochs"
-    return _amount(train.max_tokens or train.max_steps * train.batch_tokens)
+    return console.amount(train.max_tokens or train.max_steps * train.batch_tokens)
 
 
 @recipes.command("ls")
@@ -115,7 +107,9 @@ def copy(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The new file, ending in .yaml.")],
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Copy a recipe into a file of your own; its name, and with it its run and data folder, becomes that of the file.
+    """Copy a recipe into a file of your own; its name, and with it its run folder, becomes that of the file.
+
+    So does the data folder that the recipe names; a recipe that shares the data of its base keeps doing so.
 
     Examples:
 
@@ -125,13 +119,19 @@ def copy(
 
         megalodon recipes cp 200m mine.yaml --force
     """
-    if file.suffix != ".yaml":
-        raise InputError(f"{file}: expected a name that ends in .yaml, such as {file.with_suffix('.yaml')}")
+    from megalodon.config import NAME, read_text
+
+    name = file.stem
+    if file.suffix != ".yaml" or not re.fullmatch(NAME, name):
+        example = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-") or "mine"
+        rule = "letters, digits and . _ -, a letter or digit first, and .yaml"
+        raise InputError(f"`{file}` cannot name a recipe; expected {rule}, such as {file.parent / example}.yaml")
     if file.exists() and not force:
         raise InputError(f"{file} is there already; --force replaces it")
     text = recipe_files.find(recipe).read_text(encoding="utf-8")
-    text = re.sub(r"(?m)^name: .*$", f"name: {file.stem}", text, count=1)
-    text = re.sub(r"(?m)^  dir: data/\S+", f"  dir: data/{file.stem}", text, count=1)
+    quoted = name if read_text(f"name: {name}", "").plain()["name"] == name else f'"{name}"'  # 123 is a number
+    text = re.sub(r"(?m)^name: .*$", f"name: {quoted}", text, count=1)
+    text = re.sub(r"(?m)^  dir: data/\S+", f"  dir: data/{name}", text, count=1)
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -158,6 +158,8 @@ def check(recipe: Names) -> None:
     from megalodon.recipe import RunConfig
 
     names, changes = recipe_files.split(recipe)
+    if not names:
+        recipe_files.load(names)  # which says so
     problems: list[Problem] = []
     hints, found = [], []
     for name in names:

@@ -14,8 +14,8 @@ import typer
 
 from megalodon.errors import DataError, InputError
 from megalodon_cli import console
+from megalodon_cli.checkpoints import RUNS
 
-RUNS = Path("runs")
 BLOCKS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 10
 """Lines of the curve in the terminal."""
@@ -50,17 +50,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    """Every whole line of metrics.jsonl; the torn last line of a killed process is left out."""
+    """Every whole line of metrics.jsonl; the torn last line of a killed process is left out, and what is no object."""
     path, rows = run / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
             break
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _find(name: str) -> Path:
+    if not name:
+        raise InputError("RUN is empty; expected a run directory, or a name under runs/", "megalodon runs ls")
     for path in (Path(name), RUNS / name):
         if (path / "run.json").is_file():
             return path
@@ -80,8 +82,17 @@ def _last(rows: Sequence[dict[str, Any]], kind: str, key: str) -> Any:
     return next((row[key] for row in reversed(rows) if row.get("kind") == kind and row.get(key) is not None), None)
 
 
-def _summary(run: Path) -> dict[str, Any]:
-    state, rows = _read(run / "run.json"), _metrics(run)
+def _listed(run: Path) -> dict[str, Any]:
+    """A run as `ls` shows it: one that cannot be read is `broken` and hides no other."""
+    try:
+        return _summary(run, _read(run / "run.json"))
+    except DataError as error:
+        console.warning(str(error))
+        return _summary(run, {"status": "broken"})
+
+
+def _summary(run: Path, state: dict[str, Any]) -> dict[str, Any]:
+    rows = _metrics(run)
     return {
         "name": run.name,
         "status": state.get("status"),
@@ -110,7 +121,7 @@ def list_runs() -> None:
 
         megalodon runs ls | head -5
     """
-    found = [_summary(run) for run in _directories()]
+    found = [_listed(run) for run in _directories()]
     if not found:
         console.note("no runs here: no runs/*/run.json; start one with: megalodon pretrain quickstart")
     rows = [["run", "status", "step", "loss", "valid", "bits/byte", "age"]]
@@ -158,8 +169,8 @@ def show(run: Run) -> None:
         megalodon runs show quickstart --color never
     """
     path = _find(run)
-    summary, rows = _summary(path), _metrics(path)
     state = _read(path / "run.json")
+    summary, rows = _summary(path, state), _metrics(path)
     of = f" of {summary['steps']:,}" if summary["steps"] else ""
     console.result(f"{path}: {summary['status']}, step {summary['step']:,}{of}, {_age(summary['age_seconds'])} ago")
     points = [(row["step"], row["loss"]) for row in rows if row.get("kind") == "train" and row.get("loss") is not None]
@@ -204,9 +215,11 @@ def _ledger(run: Path) -> list[str]:
     from megalodon.config import read_layer
     from megalodon.data.prepare import Ledger
 
-    directory = read_layer(recipe).find(["data", "dir"])
-    if directory is None or not (manifest := Path(str(directory.value)) / "manifest.json").is_file():
+    tree = read_layer(recipe)
+    directory, name = (node.value if (node := tree.find(key)) else None for key in (["data", "dir"], ["name"]))
+    if not (manifest := Path(str(directory or f"data/{name}")) / "manifest.json").is_file():
         return []
-
-    stored = _read(manifest).get("ledger", {})
-    return Ledger(**stored).lines() if set(stored) == set(Ledger._fields) else []
+    stored = _read(manifest).get("ledger")
+    if not isinstance(stored, dict) or set(stored) != set(Ledger._fields) or {*map(type, stored.values())} != {int}:
+        return []
+    return Ledger(**stored).lines()

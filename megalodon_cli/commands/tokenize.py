@@ -1,9 +1,12 @@
 """`megalodon tokenize`: text to tokens, and a look at what came out. Not here: how (megalodon/data)."""
 
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -77,15 +80,20 @@ def tokenize(
         typer.Option(help="`fail` (if left out), or skip:N to tolerate N bad documents.", rich_help_panel="Run"),
     ] = None,
     out_dir: Annotated[
-        Path | None,
-        typer.Option("--out-dir", "--output-dir", "-o", help="Where the store goes.", rich_help_panel="Output"),
+        str | None,
+        typer.Option(
+            "--out-dir", "--output-dir", "-o", metavar="DIR", help="Where the store goes.", rich_help_panel="Output"
+        ),
     ] = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Show ledger and document lengths of DIR.", rich_help_panel="Output")
     ] = False,
     inspect: Annotated[
-        int, typer.Option(help="Show the tokens of the first N documents of DIR.", min=0, rich_help_panel="Output")
-    ] = 0,
+        int | None,
+        typer.Option(
+            metavar="N", help="Show the tokens of the first N documents of DIR.", min=1, rich_help_panel="Output"
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check sizes, hashes and ids of DIR.", rich_help_panel="Output")
     ] = False,
@@ -102,15 +110,20 @@ def tokenize(
 
         megalodon tokenize --stats data/books
     """
-    from megalodon.data.ingest import CorpusConfig
-
     names, changes = recipe_files.split(arguments or [])
-    if stats or inspect or verify:
-        given = [flag for flag, on in (("--stats", stats), ("--inspect", inspect), ("--verify", verify)) if on]
-        if len(given) > 1 or inputs or changes or len(names) != 1:
-            raise InputError(f"{given[0]} looks at one token store; expected `megalodon tokenize {given[0]} DIR`")
-        directory = Path(names[0])
-        return _stats(directory) if stats else _verify(directory) if verify else _inspect(directory, inspect)
+    named = {"--input": inputs, "-o": [out_dir], "--tokenizer": [tokenizer], "the recipe or DIR": arguments}
+    if empty := [what for what, values in named.items() if "" in (values or ())]:
+        raise InputError(f"{empty[0]} is empty; expected a name")
+    of_input = {
+        **{"--tokenizer": tokenizer, "--train": train, "--vocab-size": vocab_size, "--model-type": model_type},
+        **{"--format": format != "auto", "--field": field != "text", "--document": document != "file"},
+    }
+    looks = {"--stats": stats, "--inspect": inspect, "--verify": verify}
+    if flag := next(iter(_given(looks)), None):
+        building = {"--input": inputs, **of_input, "--valid": valid, "--dedup": dedup, "--no-bos": no_bos}
+        building |= {"--no-eos": no_eos, "--on-error": on_error, "-o": out_dir}
+        directory = _looked_at(flag, inspect, names, [*_given(looks)[1:], *_given(building), *changes])
+        return _stats(directory) if stats else _inspect(directory, inspect) if inspect else _verify(directory)
     common = _common(valid, dedup, no_bos, no_eos, on_error)
     if inputs:
         if names or changes:
@@ -119,16 +132,47 @@ def tokenize(
             raise InputError("no directory for the store; give -o DIR")
         chosen = _tokenizer_config(tokenizer, train, vocab_size, model_type)
         reading = {"format": format, "field": field, "document": document}
-        with _Stdin() as stdin:
+        with _ended_by_signals(), _Stdin() as stdin:
             sources = _sources(inputs, reading, stdin)
-            return _run(_checked(CorpusConfig, {**common, "sources": sources}), chosen, out_dir)
+            return _run(_corpus({**common, "sources": sources}), chosen, Path(out_dir))
     if not names:
         raise InputError("nothing to do; give a RECIPE, or --input PATH with -o DIR", hint="megalodon tokenize --help")
-    flags = (("--tokenizer", tokenizer), ("--train", train), ("--vocab-size", vocab_size), ("--model-type", model_type))
-    other = (("--format", format != "auto"), ("--field", field != "text"), ("--document", document != "file"))
-    if wrong := [flag for flag, value in (*flags, *other) if value]:
+    if wrong := _given(of_input):
         raise InputError(f"{wrong[0]} belongs to --input; with a recipe change its keys, such as tokenizer.kind=bytes")
-    _from_recipe(names, [*_as_changes(common), *changes], out_dir)
+    with _ended_by_signals():
+        _from_recipe(names, [*_as_changes(common), *changes], Path(out_dir) if out_dir else None)
+
+
+def _given(options: Mapping[str, object]) -> list[str]:
+    """Return the options that stand on the command line."""
+    return [flag for flag, value in options.items() if value is not None and value is not False]
+
+
+def _looked_at(flag: str, inspect: int | None, names: Sequence[str], other: Sequence[str]) -> Path:
+    """Return the one token store to look at. Raises: InputError for none, and for all that is of no use there."""
+    if stray := [*other, *names[1:]]:
+        came = f"`{stray[0]}` is of no use there"
+    elif not names:
+        came = "none is given"
+    else:
+        return Path(names[0])
+    example = f"{flag} {inspect}" if flag == "--inspect" else flag
+    raise InputError(f"{flag} looks at one token store, and {came}; expected `megalodon tokenize {example} DIR`")
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process with 130 and 143, by way of whatever removes what is half-written."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _common(valid: str | None, dedup: str | None, no_bos: bool, no_eos: bool, on_error: str | None) -> dict[str, Any]:
@@ -164,16 +208,29 @@ def _as_changes(common: dict[str, Any]) -> list[str]:
     ]
 
 
-def _checked(cls: "type[CorpusConfig]", values: dict[str, Any]) -> "CorpusConfig":
-    """Build a configuration from options. Raises: InputError for the first value that does not fit."""
+def _corpus(values: dict[str, Any]) -> "CorpusConfig":
+    """Return what the options say of the text; how a source is read has options of its own. Raises: InputError."""
+    from megalodon.data.ingest import CorpusConfig
+
+    own = {"format": "--format", "field": "--field", "document": "--document"}
+    with _named(lambda keys: own.get(keys[-1], "--input") if keys[0] == "sources" else f"--{keys[0]}"):
+        return CorpusConfig.model_validate(values)
+
+
+@contextlib.contextmanager
+def _named(option: Callable[[list[str]], str]) -> Iterator[None]:
+    """Turn the first value that does not fit into an InputError that names its option, found by its keys."""
     import pydantic
 
     try:
-        return cls.model_validate(values)
+        yield
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
-        raise InputError(f"{option}: `{first['input']}`: {first['msg'].lower()}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] != "value_error":
+            message = f"`{str(first['input'])[:80]}`: {message[:1].lower()}{message[1:]}"
+        name = option([str(key) for key in first["loc"]] or ["input"]).replace("_", "-")
+        raise InputError(f"{name}: {message}") from None
 
 
 def _tokenizer_config(
@@ -186,16 +243,11 @@ def _tokenizer_config(
         raise InputError(f"{came}; give --tokenizer bytes, --tokenizer FILE.model, or --train --vocab-size N")
     if not train and (vocab_size is not None or model_type is not None):
         raise InputError("--vocab-size and --model-type are for a tokenizer that is trained; add --train or drop them")
-    if vocab_size is not None and vocab_size < 1:
-        raise InputError(f"--vocab-size is {vocab_size}; expected a number of ids above 0")
-    if tokenizer == "bytes":
-        return TokenizerConfig(kind="bytes")
     if tokenizer is not None:
-        return TokenizerConfig(path=tokenizer)
-    fields = TokenizerConfig.model_fields
-    return TokenizerConfig(
-        vocab_size=vocab_size or fields["vocab_size"].default, model_type=model_type or fields["model_type"].default
-    )
+        return TokenizerConfig(kind="bytes") if tokenizer == "bytes" else TokenizerConfig(path=tokenizer)
+    given = {"vocab_size": vocab_size, "model_type": model_type}
+    with _named(lambda keys: f"--{keys[0]}"):
+        return TokenizerConfig.model_validate({key: value for key, value in given.items() if value is not None})
 
 
 class _Stdin:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from megalodon.checkpoint import store
 from megalodon.checkpoint.store import (
     CheckpointConfig,
     RunLock,
-    best_step,
+    check_files,
     clean_leftovers,
     load_tensors,
     newest_good_step,
     retain,
     save_step,
+    set_aside,
     step_path,
     steps_in,
     verify_step,
@@ -112,7 +114,7 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
     for said in (
         "step-00000001/state.json is missing",
         "not written by us: tensors/extra.safetensors",
-        "step-00000003/manifest.json is not a manifest of ours",
+        "step-00000003: its list of files is null; expected names",
         "step-00000004/manifest.json is not JSON",
         "step-00000005/tensors/shard-00000.safetensors has 40 bytes",
     ):
@@ -225,10 +227,54 @@ def test_another_model_is_refused_with_the_full_list_and_left_unchanged(tmp_path
 def test_the_best_is_kept_however_old(tmp_path: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5], start=1):
         save(tmp_path, step, valid_loss=loss)
-    assert best_step(tmp_path) == 2
     removed = retain(tmp_path, CheckpointConfig(keep_last=1, keep_best=2))
     assert (removed, steps_in(tmp_path)) == ([4, 1], [5, 3, 2])
     assert json.loads((tmp_path / "best").read_text()) == {"step": 2, "valid_loss": 1.0}
+
+
+def test_best_points_at_a_step_that_is_kept_or_at_none(tmp_path: Path) -> None:
+    for step, loss in enumerate([1.0, 2.0, 3.0], start=1):
+        save(tmp_path, step, valid_loss=loss)
+    retain(tmp_path, CheckpointConfig(keep_last=2, keep_best=0))
+    assert json.loads((tmp_path / "best").read_text()) == {"step": 2, "valid_loss": 2.0}
+    save(tmp_path, 4)
+    retain(tmp_path, CheckpointConfig(keep_last=1, keep_best=0))
+    assert steps_in(tmp_path) == [4] and not (tmp_path / "best").exists()
+
+
+def test_damaged_steps_neither_count_as_the_last_nor_stop_retention(tmp_path: Path) -> None:
+    for step in (4, 8, 12, 16):
+        save(tmp_path, step, valid_loss=float(step))
+    (step_path(tmp_path, 12) / "manifest.json").write_text('{"format"')
+    os.truncate(shard(tmp_path, 16), 40)
+    save(tmp_path, 5)
+    assert retain(tmp_path, CheckpointConfig(keep_last=1, keep_best=0), 5) == [4]
+    assert steps_in(tmp_path) == [16, 12, 8, 5]
+
+
+def test_a_step_that_is_set_aside_counts_no_more_and_keeps_its_files(tmp_path: Path) -> None:
+    set_aside(save(tmp_path, 3))
+    assert newest_good_step(tmp_path) == (None, [])
+    clean_leftovers(tmp_path)
+    assert len(list(tmp_path.glob(".bad-step-00000003-*/tensors/*"))) == 1
+
+
+NO_RECORD = {
+    "no list": (None, "its list of files is null"),
+    "a number": ({"a": 5}, "a is listed as 5; expected bytes and sha256"),
+    "no hash": ({"a": {"bytes": 1}}, "a is listed as {bytes: 1}; expected bytes and sha256"),
+    "a size in words": ({"a": {"bytes": "1", "sha256": "0"}}, "a is listed as"),
+    "the folder above": ({"../b": {"bytes": 1, "sha256": "0"}}, "../b is listed, which lies outside"),
+    "somewhere else": ({"/etc/hostname": {"bytes": 1, "sha256": "0"}}, "/etc/hostname is listed, which lies outside"),
+}
+
+
+@pytest.mark.parametrize("name", NO_RECORD)
+def test_a_record_that_is_none_of_ours_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    files, said = NO_RECORD[name]
+    (tmp_path / "b").write_text("b")
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        check_files(tmp_path / "run", files)
 
 
 def test_two_trainers_never_share_a_run(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the shell makes of mistakes and failures: one line, a hint, the right exit code; and the shared options."""
 
+import errno
 import io
 import json
 import os
@@ -43,7 +44,9 @@ def failing(error: Exception, *arguments: str) -> Result:
         ("recipes show", "error: missing argument `RECIPE"),
         ("recipes ls --color pink", "error: invalid value for `--color`"),
         ("--json pretrain debug", "error: --json: pretrain prints no document"),
-        ("recipes show debug --optim.lr", "error: command line: --optim.lr: expected a value"),
+        ("recipes show debug --optim.lr", "error: command line: --optim.lr: expected a value, such as --optim.lr 1e-3"),
+        ("pretrain -c", "error: command line: -c: expected a value, such as -c my.yaml"),
+        ("pretrain -c debugg", "error: no recipe debugg; did you mean debug?"),
     ],
 )
 def test_mistakes_on_the_command_line_end_with_2_and_the_nearest_name(line, message):
@@ -78,6 +81,39 @@ def test_a_full_disk_is_the_environments_fault():
     assert (result.exit_code, result.stderr) == (3, "error: runs/x: no space left on device\n")
 
 
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES])
+def test_a_path_that_cannot_be_is_your_input(number):
+    result = failing(OSError(number, os.strerror(number), "runs/x"))
+    assert (result.exit_code, result.stderr) == (2, f"error: runs/x: {os.strerror(number).lower()}\n")
+
+
+def test_an_error_of_the_system_without_a_path_stays_a_bug(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert "internal: FileNotFoundError" in failing(OSError(errno.ENOENT, "No such file or directory")).stderr
+
+
+def test_a_name_that_is_too_long_is_said_in_one_line():
+    for line in (["runs", "show", "x" * 300], ["recipes", "check", f"./{'x' * 300}.yaml"]):
+        result = run(*line)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ") and result.stderr.endswith(": file name too long\n")
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_log_file_that_cannot_be_written_is_refused(tmp_path):
+    for path, why in ((tmp_path / "no" / "x", "no such file or directory"), (tmp_path, "is a directory")):
+        result = run("--log-file", str(path), "runs", "show", "nope")
+        assert (result.exit_code, result.stderr) == (2, f"error: --log-file {path}: cannot be written: {why}\n")
+
+
+def test_a_log_file_that_goes_away_is_a_warning(tmp_path, capsys):
+    console.configure(console.Settings(log_file=tmp_path / "gone" / "log.txt"))
+    console.info("step 1")
+    console.info("step 2")
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0].startswith(f"warning: {tmp_path}/gone/log.txt: no such file") and shown[1:] == ["step 1", "step 2"]
+
+
 def test_ctrl_c_ends_with_130():
     assert failing(KeyboardInterrupt()).exit_code == 130  # type: ignore[arg-type]
 
@@ -102,11 +138,13 @@ def test_a_closed_pipe_ends_quietly():
 
 
 def test_underscores_hyphens_and_dotted_options_are_the_same():
-    assert run("recipes", "schema", "--log_file", os.devnull, "seed").exit_code == 2
+    result = run("recipes", "schema", "--log_file", os.devnull, "seed")
+    assert (result.exit_code, result.stderr[:18]) == (2, "error: no key seed")
     assert spelled(["pretrain", "200m", "--optim.lr", "1e-3", "--train.seed=2", "-o", "x", "--", "--a.b"]) == (
         ["pretrain", "200m", "optim.lr=1e-3", "train.seed=2", "-o", "x", "--", "--a.b"]
     )
     assert spelled(["generate", "-p", "--a.b"]) == ["generate", "-p", "--a.b"]
+    assert spelled(["pretrain", "-c", "a.yaml", "--config", "b", "--config=c"]) == ["pretrain", "a.yaml", "b", "c"]
 
 
 def test_quiet_hides_notes_and_the_log_file_keeps_messages(tmp_path, monkeypatch):
@@ -156,6 +194,12 @@ def test_a_stream_without_unicode_gets_ascii(monkeypatch):
     console.configure(console.Settings())
     console.result(f"{console.mark('ok')} 3 × 4 – naïve")
     assert raw.getvalue() == b"ok 3 x 4 - na\\xefve\n"
+
+
+def test_amounts_are_short():
+    amounts = [console.amount(number) for number in (7, 1000, 220_627_968, 10**10, 2 * 10**12)]
+    assert amounts == ["7", "1k", "220.6M", "10B", "2T"]
+    assert console.amount(2.5e9, " ", "G") == "2.5 G"
 
 
 def test_progress_is_plain_lines_when_not_on_a_terminal(capsys):

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_model
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from megalodon.checkpoint.tensors import save_model
 from megalodon.data.tokenizer import ByteTokenizer
 from megalodon.errors import InputError
 from megalodon_cli.app import app
+from megalodon_cli.checkpoints import complete
 from megalodon_cli.commands.generate import _prompt
 
 TOKENIZER = ByteTokenizer(reserve=2)
@@ -153,7 +155,31 @@ def test_without_ckpt_the_newest_finished_run_is_used_and_named(model):
     result = run("-p", "abc", "-n", 2)
     assert result.exit_code == 0
     assert "runs/newer/model" in result.stderr
-    refused(run(unfinished, "-p", "abc"), "runs/unfinished has no finished model")
+    (unfinished / "command.txt").write_text("megalodon pretrain debug\n")
+    why = "runs/unfinished has no finished model"
+    refused(run(unfinished, "-p", "abc"), why, "the command that started it continues it: megalodon pretrain debug")
+
+
+def test_an_empty_folder_does_not_hide_the_run_of_its_name(model):
+    make_run("small", model)
+    Path("small").mkdir()
+    assert "runs/small/model" in run("small", "-p", "abc", "-n", 1).stderr
+    Path("other").mkdir()
+    refused(run("other", "-p", "abc"), "other")
+
+
+def test_an_empty_name_is_no_model(model):
+    refused(run("", "-p", "abc"), "CKPT is empty")
+
+
+def test_finished_runs_complete_a_name(model):
+    for name in ("small", "smart", "tall"):
+        make_run(name, model)
+    shutil.rmtree("runs/smart/model")
+    assert complete("s") == ["small"]
+    assert complete("runs/") == ["runs/small", "runs/tall"]
+    arguments = get_command(app).commands["generate"].params
+    assert [item.value for item in arguments[0].shell_complete(None, "ta")] == ["tall"]
 
 
 def test_without_any_run_the_message_says_what_to_give(model):

@@ -1,6 +1,7 @@
 """`megalodon recipes`: what it lists, shows, copies, compares and refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -53,6 +54,63 @@ def test_cp_makes_a_recipe_of_its_own(tmp_path, monkeypatch):
     assert run("cp", "debug", "mine.yaml", "--force").exit_code == 0
     assert run("cp", "debug", "mine").exit_code == 2
     assert run("cp", "debug", "nowhere/mine.yaml").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "file, example",
+    [
+        ("", "mine.yaml"),
+        ("mine", "mine.yaml"),
+        (r"a\1.yaml", "a-1.yaml"),
+        ("my book.yaml", "my-book.yaml"),
+        ("x/bücher.yaml", "x/b-cher.yaml"),
+    ],
+)
+def test_cp_writes_no_recipe_that_its_name_would_spoil(file, example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("cp", "debug", file)
+    assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert result.stderr.startswith(f"error: `{Path(file)}` cannot name a recipe") and example in result.stderr
+
+
+def test_cp_keeps_what_looks_like_a_number_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("cp", "debug", "123.yaml").exit_code == 0
+    assert document("show", "./123.yaml")["recipe"]["name"] == "123"
+
+
+def test_cp_says_that_a_baseline_keeps_the_data_of_its_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("cp", "quickstart-llama", "mine.yaml").exit_code == 0
+    assert document("show", "mine.yaml")["recipe"]["data"]["dir"] == "data/quickstart"
+    assert "shares the data of its base keeps doing so" in " ".join(run("cp", "--help").stdout.split())
+
+
+@pytest.mark.parametrize("line", [["show", "optim.lr=1"], ["check", "optim.lr=1"], ["check", "~train.seed"]])
+def test_changes_without_a_recipe_are_refused(line):
+    result = run(*line)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: no recipe; expected a shipped name or a file ending in .yaml\n")
+
+
+def test_a_path_with_an_equals_sign_is_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1.yaml").write_text("base: debug\nname: x\n")
+    assert [found["recipe"] for found in document("check", "lr=1.yaml", "optim.lr=1")] == ["lr=1.yaml"]
+    missing = run("check", "no/lr=1.yaml")
+    assert missing.exit_code == 2 and "error: no file `no/lr=1.yaml`" in missing.stderr
+    long = f"name={'x' * 300}"  # longer than a file's name may be
+    assert recipe_files.split(["debug", "data.dir=a/b", long]) == (["debug"], ["data.dir=a/b", long])
+
+
+def test_an_empty_name_is_refused():
+    result = run("check", "debug", "")
+    assert result.exit_code == 2 and result.stderr.startswith("error: no recipe ``; a file is written with its ending")
+
+
+def test_c_and_config_name_a_recipe():
+    found = document("check", "-c", "debug", "--config", "quickstart", "--config=200m")
+    assert [entry["recipe"] for entry in found] == ["debug", "quickstart", "200m"]
 
 
 def test_check_shows_every_error_of_every_file_with_source_and_carets(tmp_path, monkeypatch):
@@ -110,3 +168,11 @@ def test_a_recipe_that_is_not_there_gets_the_nearest_name(name, meant):
 
 def test_completion_knows_the_names():
     assert recipe_files.complete("books-t") == ["books-tiny", "books-tiny-llama"]
+    assert recipe_files.complete("optim.l") == []
+
+
+def test_completion_knows_the_keys_after_a_recipe():
+    for words, number in (("megalodon pretrain debug optim.l", 3), ("megalodon recipes show debug optim.l", 4)):
+        asked = {"_MEGALODON_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(number)}
+        found = CliRunner().invoke(app, [], prog_name="megalodon", env=asked).stdout.split()
+        assert "optim.lr=" in found and all(key.startswith("optim.l") for key in found)

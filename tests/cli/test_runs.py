@@ -58,6 +58,45 @@ def test_a_directory_that_is_no_run_is_named_with_the_runs_there_are(here):
     assert broken.exit_code == 2 and "runs/first/run.json: cannot be read" in broken.stderr
 
 
+def test_one_broken_run_hides_no_other(here):
+    broken = here.parent / "second"
+    broken.mkdir()
+    (broken / "run.json").write_text("{")
+    result = run("ls")
+    assert result.exit_code == 0
+    assert {line.split()[0]: line.split()[1] for line in result.stdout.splitlines()[1:]} == {
+        "first": "stopped",
+        "second": "broken",
+    }
+    assert result.stderr.startswith("warning: runs/second/run.json: cannot be read")
+
+
+def test_a_line_of_the_metrics_that_is_no_row_is_left_out(here):
+    text = (here / "metrics.jsonl").read_text()
+    sample = '{"kind": "sample", "text": "a\u2028b"}'  # which has a line's end of its own
+    (here / "metrics.jsonl").write_bytes(f'3\n{sample}\n{text}xt": "caf'.encode() + b"\xc3")  # torn inside a letter
+    line = run("ls").stdout.splitlines()[1]
+    assert line.split()[:4] == ["first", "stopped", "4/8", "1.000"]
+
+
+@pytest.mark.parametrize("section", ["dir: null", "seq_len: 8"])
+def test_show_finds_the_ledger_of_a_recipe_without_a_data_folder(here, section):
+    (here / "recipe.yaml").write_text(f"name: mine\ndata:\n  {section}\n")
+    store = here.parents[1] / "data" / "mine"
+    store.mkdir(parents=True)
+    names = ("read", "kept", "empty", "duplicate", "rejected", "tokens", "train", "valid", "bytes")
+    (store / "manifest.json").write_text(json.dumps({"ledger": dict.fromkeys(names, 0) | {"read": 5, "kept": 5}}))
+    assert "documents  read 5 = kept 5 + empty 0" in run("show", "first").stdout
+    (store / "manifest.json").write_text(json.dumps({"ledger": dict.fromkeys(names, "x")}))
+    damaged = run("show", "first")
+    assert damaged.exit_code == 0 and "documents" not in damaged.stdout
+
+
+def test_an_empty_name_is_refused(here):
+    result = run("show", "")
+    assert result.exit_code == 2 and result.stderr.startswith("error: RUN is empty; expected a run directory")
+
+
 def test_no_runs_is_a_note_and_no_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("ls")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,16 @@ def test_looking_at_a_store(work: Path) -> None:
         ((*PLAIN, "--vocab-size", "500"), 2, "add --train or drop them"),
         ((*PLAIN, "--valid", "much"), 2, "expected a share"),
         ((*PLAIN, "--valid", "150%"), 2, "--valid"),
-        ((*PLAIN, "--on-error", "maybe"), 2, "--on-error"),
+        ((*PLAIN, "--on-error", "maybe"), 2, "--on-error: `maybe` is not `fail` or `skip:N`"),
+        ((*PLAIN, "--field", ""), 2, "--field: ``: string should have at least 1 character"),
+        (("--input", "", "--tokenizer", "bytes", "-o", "out"), 2, "--input is empty"),
+        (("--input", "hf:", "--tokenizer", "bytes", "-o", "out"), 2, "--input: ``"),
+        (("--input", "text.txt", "--tokenizer", "bytes", "-o", ""), 2, "-o is empty"),
+        (("--input", "text.txt", "--tokenizer", "", "-o", "out"), 2, "--tokenizer is empty"),
+        (("--input", "text.txt", "--train", "--vocab-size", "9" * 20, "-o", "out"), 2, "--vocab-size: `9999"),
+        (("--input", "text.txt", "--train", "--vocab-size", "0", "-o", "out"), 2, "--vocab-size: `0`"),
+        (("debug", "--vocab-size", "0"), 2, "belongs to --input"),
+        (("", "-o", "out"), 2, "the recipe or DIR is empty"),
         ((*PLAIN, "--field", "body"), 2, "plain text has no fields"),
         (("debug", *PLAIN), 2, "expected one of them"),
         (("debug", "--tokenizer", "bytes"), 2, "belongs to --input"),
@@ -101,7 +111,11 @@ def test_looking_at_a_store(work: Path) -> None:
         (("finetune-lora",), 2, "expected one of kind pretrain"),
         (("quickstart", "data.sources.stdlib.path=nowhere"), 2, "nowhere is not a folder"),
         (("--verify", "nowhere"), 2, "not a token store"),
-        (("--stats", "--verify", "out"), 2, "looks at one token store"),
+        (("--stats", "--verify", "out"), 2, "looks at one token store, and `--verify` is of no use there"),
+        (("--stats", "out", "--tokenizer", "bytes", "-o", "x"), 2, "and `--tokenizer` is of no use there"),
+        (("--verify", "out", "--no-bos"), 2, "and `--no-bos` is of no use there"),
+        (("--inspect", "3"), 2, "none is given; expected `megalodon tokenize --inspect 3 DIR`"),
+        (("--inspect", "0", "out"), 2, "--inspect"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -112,6 +126,37 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(os.listdir()) == ["text.txt"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("arguments", [PLAIN, ("debug", "-o", "out")])
+def test_a_signal_removes_what_is_half_written(
+    work: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, arguments: tuple[str, ...]
+) -> None:
+    seen: list[str] = []
+
+    def interrupted(*_: object) -> None:
+        seen.extend(path.name for path in work.glob(".tmp-*"))
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("megalodon.data.prepare._Builder.add", interrupted)
+    before = signal.getsignal(number)
+    assert run(*arguments).exit_code == code
+    assert seen == [f".tmp-{os.getpid()}-out"]
+    assert sorted(os.listdir()) == ["text.txt"]
+    assert signal.getsignal(number) == before
+
+
+def test_a_damaged_manifest_fails_the_check(work: Path) -> None:
+    assert run(*PLAIN).exit_code == 0
+    path = Path("out/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["ledger"]["read"] = "x"
+    path.write_text(json.dumps(manifest))
+    for flag, code in (("--verify", 6), ("--stats", 2)):
+        result = run(flag, "out")
+        assert result.exit_code == code
+        assert 'error: out/manifest.json: ledger.read is "x", expected a count; tokenize again' in result.stderr
 
 
 @pytest.mark.parametrize(

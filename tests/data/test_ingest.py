@@ -1,6 +1,7 @@
 """Reading text: every format, exact text, and each kind of bad input named by file, line and reason."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -80,7 +81,8 @@ def test_tables_are_read_through_datasets(tmp_path: Path) -> None:
         (b"[1]", r"a\.jsonl:2:1: expected an object with `text`, got list"),
         (b'{"text": "\xff"}', r"a\.jsonl:2:11: not UTF-8"),
         (b'{"text": "\\ud800"}', r"a\.jsonl:2: holds half a surrogate pair"),
-        (b"[" * 100_000, r"a\.jsonl:2:1: not usable JSON"),
+        (b"[" * 100_000, r"a\.jsonl:2:1: not usable JSON \(nested too deep"),
+        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", r"a\.jsonl:2:1: not usable JSON \(a number has too many digits"),
     ],
 )
 def test_bad_json_lines_are_named_and_counted(tmp_path: Path, line: bytes, message: str) -> None:
@@ -135,6 +137,9 @@ def test_options_without_meaning_are_refused(tmp_path: Path) -> None:
         {"path": "a", "split": "test"},
         {"path": "a", "weight": 0.0},
         {"path": "a", "format": "zip"},
+        {"path": ""},
+        {"path": "a\0b"},
+        {"hf": ""},
     ):
         with pytest.raises(pydantic.ValidationError):
             SourceConfig.model_validate({"name": "s", **bad})
@@ -170,6 +175,16 @@ def test_content_knows_names_inside_the_source_and_not_its_place(tmp_path: Path)
     assert found[0] == found[1]
     (tmp_path / "two" / "a.txt").rename(tmp_path / "two" / "b.txt")
     assert content(resolve(SourceConfig(name="two", path=tmp_path / "two"))) != found[0]
+
+
+def test_file_names_that_are_not_utf8_are_names_too(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.txt", b"caf\xe8.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("text")
+    inputs = resolve(SourceConfig(name="s", path=tmp_path))
+    assert [document.text for document in documents(inputs)] == ["text", "text"]
+    whole = content(inputs)
+    next(path for path in tmp_path.iterdir()).rename(tmp_path / "cafe.txt")
+    assert whole and whole != content(resolve(SourceConfig(name="s", path=tmp_path)))
 
 
 def test_the_library_of_this_python_is_a_source() -> None:
@@ -233,6 +248,8 @@ def test_rows_of_the_hub_are_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     source = SourceConfig(name="web", hf="org/name", subset="en", split="train", field="body")
     assert [d.text for d in documents(resolve(source), revision="abc")] == ["one", "two"]
     assert asked == [("org/name", "en", "train", "abc", True)]
+    assert list(sample_texts([resolve(source)], 100, lambda _: True, 0, revisions={"web": "abc"})) == ["one", "two"]
+    assert asked[1] == asked[0]
 
 
 def test_a_sample_is_spread_over_the_whole_and_even(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """From a recipe's data section to a store: complete and accounted for, or not there at all."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,80 @@ def test_rejects_are_counted_and_kept(folder: Path, tmp_path: Path) -> None:
     assert (prepared.ledger.read, prepared.ledger.rejected) == (306, 2)
     lines = [json.loads(line) for line in (tmp_path / "d" / "rejects.jsonl").read_text().splitlines()]
     assert [line["place"].rpartition(":")[2] for line in lines] == ["305", "306"]
+
+
+def test_a_rejected_file_is_named_whatever_its_name(folder: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (folder / name).write_bytes(b"\xff")
+    prepare_store(corpus(folder, source={"path": str(folder)}, on_error="skip:1"), BYTES, tmp_path / "d")
+    reject = json.loads((tmp_path / "d" / "rejects.jsonl").read_text(encoding="utf-8"))
+    assert reject["place"] == f"{folder / name}:1"
+
+
+def test_all_of_a_store_is_on_the_disk_before_it_has_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "text.txt").write_bytes((folder / "text.txt").read_bytes() + b"bad \xff\n")
+    synced: set[int] = set()
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    prepare_store(corpus(folder, on_error="skip:1"), BYTES, tmp_path / "d")
+    written = [tmp_path, tmp_path / "d", *(tmp_path / "d").rglob("*")]
+    assert {"rejects.jsonl", "byte_tokenizer.json", "manifest.json", "valid"} <= {path.name for path in written}
+    assert [path.name for path in written if path.stat().st_ino not in synced] == []
+
+
+def test_a_tokenizer_is_trained_on_the_commit_that_is_tokenized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def load(*_: object, **options: object) -> list[dict[str, str]]:
+        asked.append(options["revision"])
+        return [{"text": line} for line in LINES]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("megalodon.data.prepare.hub_revision", lambda *_: "abc")
+    data = CorpusConfig.model_validate({"sources": ({"name": "web", "hf": "org/name"},)})
+    prepare_store(data, TokenizerConfig(vocab_size=300), tmp_path / "d")
+    assert asked == ["abc", "abc"]
+
+
+def damaged(manifest: dict[str, Any], kind: str) -> None:
+    if kind == "ledger":
+        manifest["ledger"]["read"] = "x"
+    elif kind == "source":
+        manifest["sources"] = [{}]
+    elif kind == "sources":
+        manifest["sources"] = []
+    elif kind == "tokenizer":
+        manifest["tokenizer"] = {"kind": "bytes"}
+    elif kind == "request":
+        manifest["request"] = {}
+    elif kind == "valid":
+        del manifest["valid_fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("ledger", r'ledger\.read is "x", expected a count'),
+        ("source", r"sources\.0\.name is missing, expected text"),
+        ("sources", r"sources are none, and request\.sources are lines"),
+        ("tokenizer", r"tokenizer\.sha256 is missing, expected text"),
+        ("request", r"request\.sources is missing, expected an object"),
+        ("valid", r"valid_fingerprint is missing, expected text"),
+    ],
+)
+def test_a_damaged_manifest_is_named_by_its_key(folder: Path, tmp_path: Path, kind: str, message: str) -> None:
+    target = tmp_path / "d"
+    prepare_store(corpus(folder), BYTES, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    damaged(manifest, kind)
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=message):
+        prepare_store(corpus(folder), BYTES, target)
+    with pytest.raises(CheckFailed, match=message):
+        verify_prepared(target)
 
 
 def test_nothing_is_left_after_an_error(folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """The token store: exact bytes, a fingerprint free of place and time, and no damage that goes unnoticed."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +139,16 @@ def damage(store: Store, kind: str) -> None:
         rewrite_manifest(store, version=2)
     elif kind == "dtype":
         rewrite_manifest(store, dtype="uint32")
+    elif kind == "header":
+        index.write_bytes(b"\x93NUMPY\x01\x00v\x00{(" + b" " * (index.stat().st_size - 12))
+    elif kind == "nested":
+        (store.path / "manifest.json").write_text("[" * 100_000)
+    elif kind == "no hash":
+        del shards[2]["files"][1]["sha256"]
+        rewrite_manifest(store, shards=shards)
+    elif kind == "negative":
+        shards[1]["text_bytes"] = -1
+        rewrite_manifest(store, shards=shards)
     elif kind == "outside":
         shards[0]["files"][0]["name"] = "../00000.bin"
         rewrite_manifest(store, shards=shards)
@@ -154,7 +168,11 @@ def damage(store: Store, kind: str) -> None:
         ("format", "not a token store"),
         ("version", "version is 2, this program reads 1"),
         ("dtype", "dtype is uint32, expected uint16"),
-        ("outside", "malformed"),
+        ("header", r"00000\.idx: shard 00000: not a .npy file"),
+        ("nested", "not JSON"),
+        ("no hash", r"shards\.2\.files\.1\.sha256 is missing, expected text"),
+        ("negative", r"shards\.1\.text_bytes is -1, expected a count"),
+        ("outside", r"shards\.0 names .*'\.\./00000\.bin'"),
     ],
 )
 def test_damage_is_found_at_open(store: Store, kind: str, message: str) -> None:
@@ -177,6 +195,44 @@ def test_a_model_with_a_smaller_vocabulary_is_refused(store: Store) -> None:
     assert open_store(store.path, vocab_size=store.max_id + 1).num_tokens == 29
     with pytest.raises(DataError, match=f"holds token id {store.max_id}, but the model's vocabulary has 20 ids"):
         open_store(store.path, vocab_size=20)
+
+
+def test_what_killed_processes_left_is_removed_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    own, other = f".tmp-{gone.pid}-s", f".tmp-{gone.pid}-another-s"
+    locked, living = f".tmp-{2**40}-s", f".tmp-{os.getppid()}-s"  # another host's, and this one's
+    for name in (own, other, locked, living):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00000.bin").touch()
+    with open_directory(tmp_path / locked) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        write_store(tmp_path / "s", some_documents(), 300)
+    assert {path.name for path in tmp_path.iterdir()} == {other, locked, living, "s"}
+
+
+@contextlib.contextmanager
+def open_directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_two_builds_at_once_end_with_one_store(tmp_path: Path) -> None:
+    def documents() -> Iterator[TokenDocument]:
+        write_store(tmp_path / "theirs", some_documents(), 300).path.rename(tmp_path / "s")
+        yield from some_documents()
+
+    with pytest.raises(DataError, match="s was made by another process meanwhile; the same command opens that one"):
+        write_store(tmp_path / "s", documents(), 300)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert open_store(tmp_path / "s").num_tokens == 29
+
+
+def test_the_current_directory_is_no_place_for_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="choose another directory"):
+        write_store(Path("."), some_documents(), 300)
 
 
 def test_a_directory_in_use_is_left_alone(tmp_path: Path) -> None:

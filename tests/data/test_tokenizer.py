@@ -130,9 +130,10 @@ def test_missing_and_ambiguous_files_are_named(tmp_path: Path, trained: Sentence
     with pytest.raises(DataError, match="holds both"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
-    (tmp_path / "byte_tokenizer.json").write_text('{"kind": "bytes"}')
-    with pytest.raises(DataError, match="expected"):
-        load_tokenizer(tmp_path)
+    for damaged in ('{"kind": "bytes"}', '{"kind": "bytes", "reserve": 10000000000, "version": 1}', "[" * 100_000):
+        (tmp_path / "byte_tokenizer.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"byte_tokenizer\.json: (expected|not JSON)"):
+            load_tokenizer(tmp_path)
 
 
 def test_configured_paths_are_checked(tmp_path: Path) -> None:
@@ -153,6 +154,7 @@ def test_configured_paths_are_checked(tmp_path: Path) -> None:
         (["", "\n\n"], 340, "no text to train"),
         (["ab"], 340, "does not fit the text.*<= "),
         (CORPUS, 100, "leaves no room"),
+        (CORPUS, 10**20, "does not fit the text"),
     ],
 )
 def test_impossible_training_says_why(texts: list[str], size: int, message: str) -> None:

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from factories import tiny_config
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from stores import BYTES_TABLE, NUM_CLASSES, SEQ_LEN, tiny_plan, tiny_run, tiny_store
 
 from megalodon.checkpoint.store import steps_in
+from megalodon.config import InvalidRecipe
 from megalodon.data.loader import IGNORED, Loader
 from megalodon.data.shards import Store
-from megalodon.errors import EnvironmentFault, NumericalError, RecipeError
+from megalodon.errors import EnvironmentFault, NumericalError, OutOfMemory, RecipeError
 from megalodon.model.megalodon import Megalodon
-from megalodon.training.loop import Result, Row, Task, optimizer_tensors
-from megalodon.training.optim import OptimConfig, build_optimizer
+from megalodon.training.loop import MICRO_TOKENS, ParallelConfig, Result, Row, Task, TrainConfig
+from megalodon.training.optim import OptimConfig, build_optimizer, optimizer_tensors
 
 TIMES = {"tok_per_s", "seconds", "data_seconds", "peak_share", "memory"}
 
@@ -187,6 +189,47 @@ def test_a_broken_newest_checkpoint_is_told_and_the_one_before_it_is_used(store:
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 7)
 
 
+def test_after_a_fallback_the_next_save_keeps_itself_and_the_good_one(store: Store, tmp_path: Path) -> None:
+    plan = tiny_plan(checkpoint={"every": 2, "keep_last": 2})
+    tiny_run(store, tmp_path, tiny_plan(checkpoint={"every": 2}), stop_at_step=6)
+    for step in (4, 6):
+        shard = tmp_path / f"checkpoints/step-{step:08d}/tensors/shard-00000.safetensors"
+        content = bytearray(shard.read_bytes())
+        content[-100] ^= 1
+        shard.write_bytes(content)
+    assert tiny_run(store, tmp_path, plan, stop_at_step=3).step == 3
+    assert steps_in(tmp_path / "checkpoints") == [3, 2]
+    assert len(list((tmp_path / "checkpoints").glob(".bad-step-*"))) == 2
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_task_that_fails_costs_no_step(store: Store, tmp_path: Path, last: bool) -> None:
+    def fail(model: Megalodon) -> list[Row]:
+        raise RecipeError("the prompt has zero tokens")
+
+    plan = tiny_plan(train={"max_steps": 5}, checkpoint={"every": None})
+    with pytest.raises(RecipeError, match="zero tokens"):
+        tiny_run(store, tmp_path, plan, tasks=(Task(fail, None if last else 4),))
+    assert steps_in(tmp_path / "checkpoints") == [5 if last else 4]
+    assert tiny_run(store, tmp_path, plan, tasks=(score(),)).status == "finished"
+    assert [row["step"] for row in metrics(tmp_path) if row["kind"] == "train"] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_cannot_go_on_has_not_begun(store: Store, tmp_path: Path) -> None:
+    begun: list[str] = []
+    tiny_run(store, tmp_path, tiny_plan(), stop_at_step=2, begin=lambda: begun.append("first"))
+    before = metrics(tmp_path)
+    with pytest.raises(Exception, match="cannot go on with other data: seed was"):
+        tiny_run(store, tmp_path, tiny_plan(train={"seed": 2}), begin=lambda: begun.append("refused"))
+    assert (begun, metrics(tmp_path)) == (["first"], before)
+
+
+def test_memory_that_is_not_there_is_said_so(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(OutOfMemory, match=r"out of memory on cpu: .*tried to allocate [0-9]+ bytes") as caught:
+        tiny_run(store, tmp_path, tiny_plan(), model={"ffn_hidden_dim": 10**13})
+    assert caught.value.hint == "a smaller model"
+
+
 def test_a_step_that_is_not_finite_changes_no_parameter_and_three_stop_the_run(store: Store, tmp_path: Path) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -268,9 +311,24 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_what_cannot_be_honoured_is_refused_by_name(said: str) -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(InvalidRecipe) as caught:
         tiny_plan(**REFUSED[said])
-    assert str(caught.value).startswith(said)
+    (problem,) = caught.value.problems
+    assert f"{problem.key} {problem.text}".startswith(said)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_part_of_a_batch_or_a_number_of_devices_is_at_least_one(number: int) -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        TrainConfig(micro_batch=number)
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        ParallelConfig(dp_shard=number)
+
+
+def test_the_help_of_micro_batch_tells_what_auto_takes() -> None:
+    assert all(
+        f"{tokens:,}" in str(TrainConfig.model_fields["micro_batch"].description) for tokens in MICRO_TOKENS.values()
+    )
 
 
 def test_numbers_that_do_not_go_together_name_all_parties() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from factories import tiny_model
+from pydantic import ValidationError
 from torch import nn
 
 from megalodon.training.optim import OptimConfig, build_optimizer, clip, gradient_norm
@@ -32,6 +33,13 @@ def test_a_step_is_that_of_the_paper() -> None:
         root = (square / (1 - 0.95**number)) ** 0.5
         value = value * (1 - 0.1 * 0.1) - 0.1 * mean / (1 - 0.9**number) / (root + 1e-8)
         assert float(model.weight.detach()) == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("betas", [(1.5, 0.9), (0.9, 1.0), (-0.1, 0.9)])
+def test_a_mean_that_does_not_decay_is_refused(betas: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="expected two numbers from 0 to below 1"):
+        OptimConfig(betas=betas)
+    assert OptimConfig(betas=(0.0, 0.0)).betas == (0, 0)
 
 
 def test_clipping_scales_the_whole_gradient_to_the_limit() -> None:

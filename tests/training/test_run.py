@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megalodon.errors import CheckpointError
-from megalodon.training.run import check_directory, frozen_values, new_record, open_record
+from megalodon.errors import CheckpointError, InputError
+from megalodon.training.run import check_directory, drop_unbegun, frozen_values, new_record, open_record
 
 RECIPE = {
     "name": "x",
@@ -40,6 +40,25 @@ def test_another_value_is_refused_with_both_unless_it_is_allowed(tmp_path: Path)
         open_record(tmp_path, frozen | {"optim.z": 1})
 
 
+def test_only_a_key_that_is_kept_for_life_may_be_allowed_to_change(tmp_path: Path) -> None:
+    frozen = frozen_values(RECIPE)
+    with pytest.raises(InputError, match=r"--allow-change optim\.lrr: did you mean optim\.lr\?"):
+        open_record(tmp_path, frozen, ["optim.lrr"])
+    with pytest.raises(InputError, match="--allow-change nonsense: expected a key that a run keeps for life"):
+        open_record(tmp_path, frozen, ["nonsense"])
+    new_record(tmp_path, frozen | {"data.sources.b.weight": 1}).update(status="stopped")
+    assert open_record(tmp_path, frozen, ["data.sources.b.weight"]) is not None
+
+
+def test_a_directory_of_a_run_that_never_began_goes_and_no_other(tmp_path: Path) -> None:
+    for name, files in (("unbegun", ["lock.json"]), ("begun", ["lock.json", "run.json"]), ("empty", [])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+        drop_unbegun(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "empty"]
+
+
 def test_foreign_files_and_unwanted_runs_are_refused(tmp_path: Path) -> None:
     check_directory(tmp_path / "new")
     check_directory(tmp_path)
@@ -48,8 +67,9 @@ def test_foreign_files_and_unwanted_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(CheckpointError, match=r"no run.json.* holds thesis.tex; choose another -o"):
         check_directory(tmp_path)
-    with pytest.raises(CheckpointError, match="is a file"):
-        check_directory(tmp_path / "thesis.tex")
+    for below in ("", "run", "a/run"):
+        with pytest.raises(CheckpointError, match=r"thesis\.tex is a file"):
+            check_directory(tmp_path / "thesis.tex" / below)
     new_record(tmp_path, {}).update(status="stopped")
     check_directory(tmp_path)
     with pytest.raises(CheckpointError, match="holds a run"):
