@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed blocks instead of returning them to the kernel; False where there is no glibc.
 
     A training step allocates and frees the same large tensors over and over. By default glibc maps each anew, and the
-    kernel zeroes every page again: 6 % to 11 % of the step on two AVX-512 cores (docs/results.md).
+    kernel zeroes every page again: 6 % to 14 % of the step on two AVX-512 cores (docs/results.md).
     The setting holds for the whole process, so the command decides, not the library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
