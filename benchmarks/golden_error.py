@@ -2,8 +2,8 @@
 
     python benchmarks/golden_error.py DIR
 
-DIR holds A, B and C, each with config.json, params, forward and grads.safetensors, as tests/golden reads them. Not here:
-hidden values, states and single operations, which the tests compare.
+DIR holds A, B and C, each with config.json, params, forward and grads.safetensors, as tests/golden reads them. Not
+here: hidden values, states and single operations, which the tests compare.
 """
 
 import json
