@@ -51,20 +51,13 @@ class Screen:
         waited = row["data_seconds"] / max(row["seconds"], 1e-9)
         return (
             f"step {step:>{len(str(self.horizon))}}/{self.horizon}  {step / self.horizon:.1%}  loss {loss}  "
-            f"bpb {bits}  lr {row['lr']:.1e}  gnorm {norm}  {_amount(row['tok_per_s'])} tok/s{peak}  "
+            f"bpb {bits}  lr {row['lr']:.1e}  gnorm {norm}  {console.amount(row['tok_per_s'])} tok/s{peak}  "
             f"data {waited:.1%}  mem {row['memory'] / 2**30:.1f}G  eta {_time(eta)}"
         )
 
 
 def _bits(row: Mapping[str, Any]) -> str:
     return "" if row.get("bits_per_byte") is None else f", {row['bits_per_byte']:.3f} bits per byte"
-
-
-def _amount(number: float, space: str = "") -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}{space}{unit}"
-    return f"{number:.0f}{space}"
 
 
 def _time(seconds: float) -> str:
@@ -96,8 +89,8 @@ def header(job: "Job", peak: float) -> None:
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     disk = (12 * kept + 4) * count
     console.info(
-        f"  needs    disk {_amount(disk, ' ')}B for up to {kept} checkpoints and the model (derived); "
-        f"matrix product of this machine {_amount(peak, ' ')}FLOP/s (measured)"
+        f"  needs    disk {console.amount(disk, ' ', 'G')}B for up to {kept} checkpoints and the model (derived); "
+        f"matrix product of this machine {console.amount(peak, ' ', 'G')}FLOP/s (measured)"
     )
     for note in job.prepared.notes:
         console.detail(note)

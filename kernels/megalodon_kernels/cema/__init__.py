@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megalodon_kernels.cema.portable import cema_portable
 from megalodon_kernels.cema.reference import cema_reference
-from megalodon_kernels.dispatch import Backend, choose
+from megalodon_kernels.dispatch import Backend, check_shapes, choose
 
 IMPLEMENTATIONS = {"reference": cema_reference, "portable": cema_portable}
 
@@ -67,7 +67,7 @@ def _check(
     if x.dim() != 3 or x.shape[1] < 1:
         raise ValueError(f"cema: x is {tuple(x.shape)}; expected (B, L, D) with L ≥ 1")
     (B, L, D), N = x.shape, p.shape[-1]
-    expected = {
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "p": (p, (D, N)),
         "log_decay": (log_decay, (D, N)),
         "angle": (angle, (D, N)),
@@ -76,9 +76,4 @@ def _check(
         "h0": (h0, (B, D, N, 2)),
         "starts": (starts, (B, L)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"cema: {name} is {tuple(tensor.shape)} but x is {tuple(x.shape)} with N = {N}; "
-                f"expected {shape}; pass the {name} that belongs to this x"
-            )
+    check_shapes("cema", f"x is {tuple(x.shape)} with N = {N}", expected)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megalodon_kernels.chunk_attention.portable import chunk_attention_portable
 from megalodon_kernels.chunk_attention.reference import chunk_attention_reference
-from megalodon_kernels.dispatch import Backend, choose
+from megalodon_kernels.dispatch import Backend, check_shapes, choose
 
 IMPLEMENTATIONS = {"reference": chunk_attention_reference, "portable": chunk_attention_portable}
 
@@ -77,7 +77,7 @@ def _check(
     if chunk_size < 1:
         raise ValueError(f"chunk_attention: chunk_size is {chunk_size}; expected at least 1 token")
     (B, L, H, Z), V, P = q.shape, v.shape[-1], open_k.shape[1]
-    expected = {
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "k": (k, (B, L, H, Z)),
         "v": (v, (B, L, H, V)),
         "position": (position, (B,)),
@@ -85,12 +85,7 @@ def _check(
         "open_v": (open_v, (B, P, H, V)),
         "starts": (starts, (B, L)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"chunk_attention: {name} is {tuple(tensor.shape)} but q is {tuple(q.shape)}; "
-                f"expected {shape}; pass the {name} that belongs to this q"
-            )
+    check_shapes("chunk_attention", f"q is {tuple(q.shape)}", expected)
     filled = int((position % chunk_size).max())
     if filled > P:
         raise ValueError(

@@ -6,7 +6,7 @@ Not here: the parameters (megalodon/model/timestep_norm.py).
 import torch
 from torch import Tensor
 
-from megalodon_kernels.dispatch import Backend, choose
+from megalodon_kernels.dispatch import Backend, check_shapes, choose
 from megalodon_kernels.timestep_norm.portable import timestep_norm_portable
 from megalodon_kernels.timestep_norm.reference import timestep_norm_reference
 from megalodon_kernels.timestep_norm.statistics import Statistics
@@ -72,7 +72,7 @@ def _check(
         raise ValueError(f"timestep_norm: num_groups is {num_groups}; expected a divisor of D = {D}")
     G = num_groups
     no = Statistics(None, None, None)  # type: ignore[arg-type]
-    expected = {
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "weight": (weight, (D,)),
         "bias": (bias, (D,)),
         "state.count": ((state or no).count, (B,)),
@@ -84,9 +84,4 @@ def _check(
         "prior.mean": ((prior or no).mean, (G,)),
         "prior.var": ((prior or no).var, (G,)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"timestep_norm: {name} is {tuple(tensor.shape)} but x is {tuple(x.shape)} with {G} groups; "
-                f"expected {shape}; pass the {name} that belongs to this x"
-            )
+    check_shapes("timestep_norm", f"x is {tuple(x.shape)} with {G} groups", expected)
