@@ -84,7 +84,7 @@ def header(job: "Job", peak: float) -> None:
     epochs, size = tokens / (loader.num_samples * plan.seq_len), f"{plan.rows} x {plan.seq_len:,}"
     console.info(
         f"  data     {job.prepared.train.num_tokens:,} tokens; {plan.horizon:,} steps of {size} = {tokens:,} tokens, "
-        f"{epochs:.2f} epochs; {plan.micro_rows} sequences a pass"
+        f"{epochs:.2f} epochs; {plan.micro_rows} in a pass"
     )
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     disk = (12 * kept + 4) * count

@@ -30,7 +30,7 @@ def pretrain(
         list[str],
         typer.Argument(
             metavar="RECIPE… [key=value …]",
-            help="Shipped names or files ending in .yaml, and changes such as optim.lr=1e-3.",
+            help="Shipped names or files ending in .yaml (also as -c FILE), and changes such as optim.lr=1e-3.",
             autocompletion=recipe_files.complete,
         ),
     ],
