@@ -477,7 +477,7 @@ def _scalar(value: Any) -> str:
         return "[" + ", ".join(_scalar(item) for item in value) + "]"
     if not isinstance(value, str):
         return show(value)
-    plain = re.fullmatch(r"[\w./%@][\w./%@ -]*", value) and value == value.strip()
+    plain = re.fullmatch(r"[\w./%@][\w./%@ -]*", value) and value == value.strip() and not value.isdigit()
     same = plain and read_text(f"key: {value}", "").plain()["key"] == value
     return value if same else json.dumps(value, ensure_ascii=False)
 

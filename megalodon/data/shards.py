@@ -169,9 +169,12 @@ def written_aside(directory: Path) -> Iterator[Path]:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(directory)
-        aside.mkdir()
     except (FileExistsError, NotADirectoryError):
         raise DataError(f"{directory}: {directory.parent} is not a directory; choose another place") from None
+    try:
+        aside.mkdir()
+    except FileExistsError:
+        raise DataError(f"{aside} is left of another process and could not be removed; remove it") from None
     try:
         with _held(aside):
             yield aside

@@ -285,9 +285,19 @@ def train_sentencepiece(
     if first is None:
         raise DataError("no text to train a tokenizer on: the sources are empty")
     written = io.BytesIO()
+    raised: list[BaseException] = []
+
+    def watched() -> Iterator[str]:
+        """The sentences; what reading them raises is kept, for SentencePiece makes a RuntimeError of anything."""
+        try:
+            yield from itertools.chain([first], sentences)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            raised.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], sentences),
+            sentence_iterator=watched(),
             model_writer=written,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -308,6 +318,8 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:  # ValueError: a size that its 32-bit integers do not hold
+        if raised:
+            raise raised[0] from None
         reason = " ".join(str(error).split()).rpartition("] ")[2]
         raise DataError(
             f"tokenizer.vocab_size {vocab_size:,} does not fit the text: {reason or error}; "

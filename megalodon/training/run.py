@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,10 @@ def new_record(directory: Path, frozen: Mapping[str, Any], **values: Any) -> Run
 
 def drop_unbegun(directory: Path) -> None:
     """Remove the directory of a run that failed before it began: no run.json, nothing but its lock, which is ours."""
-    if [path.name for path in directory.iterdir()] == ["lock.json"]:
-        (directory / "lock.json").unlink()
-        directory.rmdir()
+    with suppress(OSError):  # it runs while an error is on its way, which must not be hidden by one of its own
+        if [path.name for path in directory.iterdir()] == ["lock.json"]:
+            (directory / "lock.json").unlink()
+            directory.rmdir()
 
 
 def environment(device: torch.device) -> dict[str, Any]:

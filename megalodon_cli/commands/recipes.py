@@ -129,7 +129,9 @@ def copy(
     if file.exists() and not force:
         raise InputError(f"{file} is there already; --force replaces it")
     text = recipe_files.find(recipe).read_text(encoding="utf-8")
-    quoted = name if read_text(f"name: {name}", "").plain()["name"] == name else f'"{name}"'  # 123 is a number
+    # Digits are a number and `null` is nothing, unless quoted.
+    plain = not name.isdigit() and read_text(f"name: {name}", "").plain()["name"] == name
+    quoted = name if plain else f'"{name}"'
     text = re.sub(r"(?m)^name: .*$", f"name: {quoted}", text, count=1)
     text = re.sub(r"(?m)^  dir: data/\S+", f"  dir: data/{name}", text, count=1)
     try:

@@ -73,10 +73,11 @@ def test_cp_writes_no_recipe_that_its_name_would_spoil(file, example, tmp_path, 
     assert result.stderr.startswith(f"error: `{Path(file)}` cannot name a recipe") and example in result.stderr
 
 
-def test_cp_keeps_what_looks_like_a_number_a_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["123", "20240101123456789012345", "null"])
+def test_cp_keeps_what_looks_like_a_value_a_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert run("cp", "debug", "123.yaml").exit_code == 0
-    assert document("show", "./123.yaml")["recipe"]["name"] == "123"
+    assert run("cp", "debug", f"{name}.yaml").exit_code == 0
+    assert document("show", f"./{name}.yaml")["recipe"]["name"] == name
 
 
 def test_cp_says_that_a_baseline_keeps_the_data_of_its_base(tmp_path, monkeypatch):

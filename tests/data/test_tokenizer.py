@@ -1,6 +1,7 @@
 """Tokenizers keep every text intact, and refuse models that do not."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,14 @@ def test_bad_ids_and_surrogates_are_errors(tokenizer: Tokenizer) -> None:
             tokenizer.decode([token])
     with pytest.raises(DataError, match=r"surrogate pair \(U\+D800 at character 2"):
         tokenizer.encode("ab\ud800")
+
+
+@pytest.mark.parametrize("error", [SystemExit(143), KeyboardInterrupt(), DataError("a.jsonl:3:1: not JSON")], ids=repr)
+def test_what_reading_raises_is_not_blamed_on_the_vocabulary(error: BaseException) -> None:
+    def texts() -> Iterator[str]:
+        yield from ["some text to begin with"] * 40
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        train_sentencepiece(texts(), 300)
+    assert caught.value is error

@@ -80,3 +80,13 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"format": "megalodon/run/9"}')
     with pytest.raises(CheckpointError, match="megalodon/run/9; expected megalodon/run/1"):
         open_record(tmp_path, {})
+
+
+def test_dropping_what_is_no_directory_hides_no_error(tmp_path: Path) -> None:
+    """It runs while another error is on its way: a link stays, a folder that is gone is no fault."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "lock.json").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    drop_unbegun(tmp_path / "link")
+    drop_unbegun(tmp_path / "gone")
+    assert (tmp_path / "disk").is_dir()
