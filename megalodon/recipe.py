@@ -46,9 +46,9 @@ from megalodon.data.tokenizer import TokenizerConfig
 from megalodon.errors import RecipeError
 from megalodon.evaluation.perplexity import EvalConfig
 from megalodon.model.megalodon import PRESETS, ModelConfig
-from megalodon.training.loop import ParallelConfig, TrainConfig
 from megalodon.training.metrics import LogConfig
 from megalodon.training.optim import OptimConfig
+from megalodon.training.plan import ParallelConfig, TrainConfig
 
 SCHEMA: Final = 1
 """The version of the recipe format that this code reads."""

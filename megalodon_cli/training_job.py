@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from megalodon.data.prepare import Prepared
     from megalodon.model.megalodon import Megalodon, ModelConfig
     from megalodon.recipe import Resolved, RunConfig
-    from megalodon.training.loop import Plan, Result, Row
+    from megalodon.training.loop import Result, Row
+    from megalodon.training.plan import Plan
     from megalodon.training.run import RunRecord
 
 
@@ -50,7 +51,7 @@ def prepare(
     """Check recipe, directory and data. None if the run is finished already; that was said then."""
     from megalodon.data.loader import Loader
     from megalodon.data.prepare import prepare_store
-    from megalodon.training.loop import make_plan
+    from megalodon.training.plan import make_plan
     from megalodon.training.run import check_directory, frozen_values, open_record
 
     config = resolved.pretraining()

@@ -9,9 +9,10 @@ from factories import tiny_config
 from megalodon.checkpoint.store import CheckpointConfig
 from megalodon.data.loader import Loader
 from megalodon.data.shards import Store, TokenDocument, write_store
-from megalodon.training.loop import ParallelConfig, Plan, Result, Run, Task, TrainConfig, make_plan, train
+from megalodon.training.loop import Result, Run, Task, train
 from megalodon.training.metrics import LogConfig
 from megalodon.training.optim import OptimConfig
+from megalodon.training.plan import ParallelConfig, Plan, TrainConfig, make_plan
 
 NUM_CLASSES = 47
 """Ids of the pretended tokenizer; the tiny model has 53 rows, so 6 of them are padding."""

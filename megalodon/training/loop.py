@@ -1,11 +1,12 @@
 """The training step on one screen, and the loop around it: evaluate, save, resume, stop.
 
-    plan = make_plan(train, optim, checkpoint, log, parallel, seq_len=…, windows=…, device="auto")
+    plan = make_plan(…)                                                                     # plan.py
     result = train(model_config, loader, plan, Run(directory, …, tasks=(Task(…),), report=…, stop=…))
 
 A step is a pure function of the parameters, the moments and its own number: the number gives the samples, the learning
 rate and the seed of dropout. What a checkpoint holds is therefore enough to continue bit by bit.
-Not here: data order (data/loader.py), the files of a checkpoint (checkpoint/store.py), anything that prints.
+Not here: what a run will do (plan.py), data order (data/loader.py), the files of a checkpoint (checkpoint/store.py),
+anything that prints.
 """
 
 import contextlib
@@ -15,16 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from megalodon.checkpoint.store import (
-    CheckpointConfig,
     Saved,
     clean_leftovers,
     load_tensors,
@@ -35,198 +34,15 @@ from megalodon.checkpoint.store import (
     step_path,
     steps_in,
 )
-from megalodon.config import Amount, Config, Count, InvalidRecipe, Place, Problem, show
 from megalodon.data.loader import IGNORED, Batch, Loader
-from megalodon.errors import CheckpointError, EnvironmentFault, InputError, NumericalError, OutOfMemory, RecipeError
+from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError, OutOfMemory
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon, ModelConfig
-from megalodon.training.guard import GuardConfig, StepGuard
-from megalodon.training.metrics import LogConfig, MetricsLog, flops_per_token, peak_memory
-from megalodon.training.optim import OptimConfig, build_optimizer, clip, gradient_norm, optimizer_tensors
-from megalodon.training.schedule import horizon_steps, learning_rate
-
-MICRO_TOKENS = {"cpu": 8_192, "cuda": 16_384}
-"""Tokens of a forward pass with `micro_batch: auto`."""
-
-
-class SeqLenWarmupConfig(Config):
-    """Shorter windows at first (the `train.seq_len_warmup:` section of a recipe)."""
-
-    start: Count = Field(ge=1)
-    """Tokens of the first windows."""
-    over: Amount
-    """How long the windows grow: part of the horizon, or `500 steps`."""
-
-
-class TrainConfig(Config):
-    """Length, batch and arithmetic of training (the `train:` section of a recipe)."""
-
-    max_tokens: Count | None = Field(default=None, ge=1)
-    """Horizon in tokens; give one of max_tokens, max_steps, max_epochs. Sets the length of the schedule too."""
-    max_steps: Count | None = Field(default=None, ge=1)
-    """Horizon in optimizer steps."""
-    max_epochs: float | None = Field(default=None, gt=0)
-    """Horizon in passes over the training windows."""
-    batch_tokens: Count = Field(default=524_288, ge=1)
-    """Tokens of an optimizer step over all devices; accumulation follows."""
-    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Sequences in one forward pass; auto: as many as 8,192 tokens hold on a CPU, 16,384 on a GPU."""
-    precision: Literal["auto", "bf16-mixed", "bf16", "fp32"] = "auto"
-    """Arithmetic: auto is bf16-mixed on a GPU and fp32 on a CPU."""
-    backend: Literal["auto", "triton", "portable", "reference"] = "auto"
-    """Implementation of the ops."""
-    compile: Literal["auto"] | bool = "auto"
-    """torch.compile; auto: off."""
-    recompute: Literal["none", "attention", "block"] = "none"
-    """Activations computed again in the backward pass instead of kept."""
-    seq_len_warmup: SeqLenWarmupConfig | None = None
-    """Shorter windows at first; null = none."""
-    loss_chunk: Count = Field(default=2048, ge=1)
-    """Tokens per slice of the loss; the logits of a whole sequence never exist."""
-    seed: int = Field(default=1, ge=0)
-    """Seed of weights, data order and dropout."""
-    deterministic: bool = False
-    """Refuse operations whose result may differ between two runs."""
-    guard: GuardConfig = GuardConfig()
-    """What happens to a step that looks wrong."""
-
-
-class ParallelConfig(Config):
-    """How a run is laid out over devices (the `parallel:` section of a recipe)."""
-
-    dp_replicate: int = Field(default=1, ge=1)
-    """Whole copies of the model."""
-    dp_shard: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
-    """Devices that share one copy; all = those the other three leave."""
-    cp: int = Field(default=1, ge=1)
-    """Devices that share one sequence (chunk parallelism)."""
-    tp: int = Field(default=1, ge=1)
-    """Devices that share one layer."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do, worked out and checked before anything starts."""
-
-    config: TrainConfig
-    optim: OptimConfig
-    checkpoint: CheckpointConfig
-    horizon: int
-    """Optimizer steps."""
-    seq_len: int
-    rows: int
-    """Windows of a step."""
-    micro_rows: int
-    """Windows of a forward pass; divides `rows`."""
-    device: torch.device
-    bf16: bool
-    """Matrix products in bfloat16 through autocast; parameters, sums and the optimizer stay float32."""
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of a step."""
-        return self.rows * self.seq_len
-
-
-def make_plan(
-    config: TrainConfig,
-    optim: OptimConfig,
-    checkpoint: CheckpointConfig,
-    log: LogConfig,
-    parallel: ParallelConfig,
-    *,
-    seq_len: int,
-    windows: int,
-    device: str = "auto",
-) -> Plan:
-    """Work out horizon, batch and arithmetic of a run.
-
-    Args:
-        seq_len: tokens of a window.
-        windows: training windows of an epoch.
-        device:  auto, cpu, cuda or cuda:N.
-    Raises:
-        InvalidRecipe: values that this version cannot honour, each by its key.
-        RecipeError: numbers that do not go together; each is named.
-        EnvironmentFault: the device is not there.
-    """
-    place = _device(device)
-    _refuse_unsupported(config, optim, checkpoint, log, parallel, place)
-    rows, rest = divmod(config.batch_tokens, seq_len)
-    if rest or not rows:
-        nearest = " and ".join(f"{n * seq_len:,}" for n in (rows, rows + 1) if n)
-        sizes = f"train.batch_tokens {config.batch_tokens:,} is not a multiple of data.seq_len {seq_len:,}"
-        raise RecipeError(f"{sizes}; nearest: {nearest}")
-    limit = max(1, MICRO_TOKENS[place.type] // seq_len)
-    micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= limit)
-    if config.micro_batch != "auto":
-        micro = config.micro_batch
-        if rows % micro:
-            fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-            raise RecipeError(f"train.micro_batch {micro} does not divide the {rows} sequences of a step; fits: {fits}")
-    horizon = horizon_steps(
-        max_steps=config.max_steps,
-        max_tokens=config.max_tokens,
-        max_epochs=config.max_epochs,
-        batch_tokens=config.batch_tokens,
-        epoch_tokens=windows * seq_len,
-    )
-    bf16 = config.precision == "bf16-mixed" or (config.precision == "auto" and place.type == "cuda")
-    return Plan(config, optim, checkpoint, horizon, seq_len, rows, micro, place, bf16)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in MICRO_TOKENS:
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentFault(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _refuse_unsupported(
-    config: TrainConfig,
-    optim: OptimConfig,
-    checkpoint: CheckpointConfig,
-    log: LogConfig,
-    parallel: ParallelConfig,
-    device: torch.device,
-) -> None:
-    """Raises: InvalidRecipe with a problem for each value that this version would otherwise ignore."""
-    values: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-        ("train.precision", config.precision, ("auto", "bf16-mixed", "fp32")),
-        ("train.backend", config.backend, ("auto", "portable", "reference")),
-        ("train.compile", config.compile, ("auto", False)),
-        ("train.recompute", config.recompute, ("none",)),
-        ("train.seq_len_warmup", config.seq_len_warmup and config.seq_len_warmup.model_dump(mode="json"), (None,)),
-        ("train.deterministic", config.deterministic, (False, True) if device.type == "cpu" else (False,)),
-        ("train.guard.spike", config.guard.spike, ("log", "skip")),
-        ("train.guard.max_rollbacks", config.guard.max_rollbacks, (0,)),
-        ("optim.ema", optim.ema, (None,)),
-        ("optim.z_loss", optim.z_loss, (0.0,)),
-        ("checkpoint.background", checkpoint.background, (False,)),
-        ("log.to", log.to, ((),)),
-        ("log.health_every", log.health_every, (None,)),
-        ("parallel.dp_replicate", parallel.dp_replicate, (1,)),
-        ("parallel.dp_shard", parallel.dp_shard, ("all", 1)),
-        ("parallel.cp", parallel.cp, (1,)),
-        ("parallel.tp", parallel.tp, (1,)),
-    )
-    refused = [
-        Problem(
-            Place("recipe"), key, f"{show(value)} is not available here; expected {' or '.join(map(show, allowed))}"
-        )
-        for key, value, allowed in values
-        if value not in allowed
-    ]
-    if refused:
-        raise InvalidRecipe(refused)
-
+from megalodon.training.guard import StepGuard
+from megalodon.training.metrics import MetricsLog, flops_per_token, peak_memory
+from megalodon.training.optim import build_optimizer, clip, gradient_norm, optimizer_tensors
+from megalodon.training.plan import Plan
+from megalodon.training.schedule import learning_rate
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]

@@ -16,7 +16,7 @@ from megalodon_cli.training_job import Job
 from megalodon_cli.training_screen import Screen, ending, header
 
 if TYPE_CHECKING:
-    from megalodon.training.loop import Plan
+    from megalodon.training.plan import Plan
 
 
 def _directory(text: str) -> Path:

@@ -18,8 +18,9 @@ from megalodon.data.loader import IGNORED, Loader
 from megalodon.data.shards import Store
 from megalodon.errors import EnvironmentFault, NumericalError, OutOfMemory, RecipeError
 from megalodon.model.megalodon import Megalodon
-from megalodon.training.loop import MICRO_TOKENS, ParallelConfig, Result, Row, Task, TrainConfig
+from megalodon.training.loop import Result, Row, Task
 from megalodon.training.optim import OptimConfig, build_optimizer, optimizer_tensors
+from megalodon.training.plan import MICRO_TOKENS, ParallelConfig, TrainConfig
 
 TIMES = {"tok_per_s", "seconds", "data_seconds", "peak_share", "memory"}
 
