@@ -50,6 +50,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 UNFIT = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOENT, errno.EEXIST}
 UNFIT |= {errno.EACCES, errno.EPERM, errno.EROFS}
 """What the system says of a path that cannot be what was asked of it."""
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+"""Variables that keep the libraries of the Hugging Face Hub from the network."""
 TAKES_KEYS = {"tokenize", "pretrain", "recipes"}
 """Commands that take recipe keys, also in the form `--optim.lr 1e-3`."""
 
@@ -117,11 +119,11 @@ class Shell(TyperGroup):
         line = args[0] if args else extra.pop("args", None)
         given = list(sys.argv[1:] if line is None else line)
         console.configure(console.Settings(json="--json" in given and bool(JSON & set(given))))
-        colors = {name: os.environ.get(name) for name in ("NO_COLOR", "FORCE_COLOR")}
+        before = {name: os.environ.get(name) for name in ("NO_COLOR", "FORCE_COLOR", *OFFLINE)}
         try:
             code = self._guarded(given, extra)
         finally:
-            for name, value in colors.items():
+            for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
                 else:
@@ -241,6 +243,8 @@ def _take(param: typer.CallbackParam, value: Any) -> Any:
     if param.name == "color" and value in ("always", "never"):  # rich, which draws the help, listens to these
         os.environ["NO_COLOR" if value == "never" else "FORCE_COLOR"] = "1"
         os.environ.pop("FORCE_COLOR" if value == "never" else "NO_COLOR", None)
+    if param.name == "offline" and value:  # the libraries of the Hub read these when they are imported
+        os.environ.update(dict.fromkeys(OFFLINE, "1"))
     return value
 
 
@@ -252,7 +256,7 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-EVERYWHERE = {"json", "quiet", "verbose", "debug", "log_file", "color", "version"}
+EVERYWHERE = {"json", "quiet", "verbose", "debug", "log_file", "color", "offline", "version"}
 PANEL = "Everywhere"
 
 app = typer.Typer(
@@ -315,6 +319,16 @@ def everywhere(
             help="Colours; auto, the default: on a terminal.",
         ),
     ] = None,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            callback=_take,
+            is_eager=True,
+            rich_help_panel=PANEL,
+            help="Refuse whatever needs the network (exit 3).",
+        ),
+    ] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, rich_help_panel=PANEL, help="Print the version."),

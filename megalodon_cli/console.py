@@ -44,6 +44,8 @@ class Settings:
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
+    offline: bool = False
+    """Nothing is fetched, whatever is named."""
     color: Color = "auto"
     log_file: Path | None = None
     warnings: Counter[str] = field(default_factory=Counter)

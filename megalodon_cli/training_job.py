@@ -72,7 +72,11 @@ def prepare(
         raise DataError(f"{store} holds no token store, and --no-prepare forbids to make one", "megalodon tokenize …")
     with console.Progress() as live:
         prepared = prepare_store(
-            config.data, config.tokenizer, store, lambda p: live.update(f"{p.stage}: {p.documents:,} documents")
+            config.data,
+            config.tokenizer,
+            store,
+            lambda p: live.update(f"{p.stage}: {p.documents:,} documents"),
+            offline=console.settings().offline,
         )
     loader = Loader(prepared.train, config.data.seq_len, config.data.isolate, config.train.seed, config.data.weights())
     plan = make_plan(*parts, seq_len=config.data.seq_len, windows=loader.num_samples, device=device)

@@ -318,7 +318,7 @@ def _run(data: "CorpusConfig", tokenizer: "TokenizerConfig", directory: Path) ->
         def progress(report: "Progress") -> None:
             live.update(_progress_line(report, time.perf_counter() - began))
 
-        prepared = prepare_store(data, tokenizer, directory, progress)
+        prepared = prepare_store(data, tokenizer, directory, progress, offline=console.settings().offline)
     for note in prepared.notes:
         console.info(note)
     if prepared.up_to_date:
