@@ -1,11 +1,11 @@
 """Windows and batches from a token store: everything a pure function of a global sample number.
 
 Sample k of an epoch is the tokens [kT, kT+T+1) of the stream: inputs are the first T, targets the last T. The order is
-megalodon/data/order.py; the whole position of a run is `samples_consumed`.
+megalodon/data/order.py; the whole position of a run is `samples_consumed`, the number of its next sample.
 Not here: how many samples a step takes (megalodon/training/loop.py), where the tokens lie (megalodon/data/shards.py).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -134,8 +134,12 @@ class Loader:
                 window[rows] = permute(place[rows], windows, self.seed, name, int(turn))
         return list(zip(source.tolist(), window.tolist(), strict=True))
 
-    def state(self, samples_consumed: int) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the data: JSON, free of world size, paths and batch size."""
+    def state(self, samples_consumed: int, skipped_ranges: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the data: JSON, free of world size, paths and batch size.
+
+        samples_consumed: the global number of the next sample. skipped_ranges: the samples [start, stop) below it that
+        the run jumped over. `progress` is for people: where each source stands; it follows from the rest.
+        """
         return {
             "version": ORDER_VERSION,
             "fingerprint": self.store.fingerprint,
@@ -145,17 +149,31 @@ class Loader:
             "seed": self.seed,
             "mixture": dict(zip(self._names, self._mixture.slots, strict=True)),
             "samples_consumed": samples_consumed,
+            "skipped_ranges": [list(ends) for ends in skipped_ranges],
+            "progress": self.progress(samples_consumed),
         }
 
-    def check(self, state: Mapping[str, Any]) -> int:
-        """Return the samples consumed by a run that is to go on. Raises: DataError naming everything that differs."""
+    def progress(self, samples_consumed: int) -> dict[str, dict[str, int]]:
+        """Return for each source the epoch it is in, the samples of it that are behind, and how many it has."""
+        found = {}
+        for name, windows, own in zip(self._names, self._windows, self._mixture.counts(samples_consumed), strict=True):
+            epoch, sample = divmod(own, windows)
+            found[name] = {"epoch": epoch, "sample": sample, "of": windows}
+        return found
+
+    def check(self, state: Mapping[str, Any]) -> tuple[int, list[list[int]]]:
+        """Return (samples consumed, skipped ranges) of a run that is to go on.
+
+        Raises: DataError naming everything that differs, or ranges that are not in order below the samples consumed.
+        """
         consumed = state.get("samples_consumed")
         if type(consumed) is not int or consumed < 0:
             raise DataError(f"data state: samples_consumed is {consumed!r}, expected a number of samples")
-        mine = self.state(consumed)
+        skipped = _checked_ranges(state.get("skipped_ranges"), consumed)
+        mine = self.state(consumed, skipped)
         differing = [
             f"{key} was {state.get(key)!r} and is now {mine.get(key)!r}"
-            for key in sorted(mine.keys() | state.keys())
+            for key in sorted((mine.keys() | state.keys()) - {"progress"})
             if state.get(key) != mine.get(key)
         ]
         if differing:
@@ -163,7 +181,7 @@ class Loader:
                 f"the run cannot go on with other data: {'; '.join(differing)}",
                 hint="start a new run, or give back the data and settings it began with",
             )
-        return consumed
+        return consumed, skipped
 
     def ledgers(self) -> list[WindowLedger]:
         """Return the window ledger of each stream."""
@@ -180,6 +198,20 @@ class Loader:
     def ledger_lines(self) -> list[str]:
         """Return the window ledgers as training prints them. Raises: CheckFailed if one does not add up."""
         return [line for ledger in self.ledgers() for line in ledger.lines()]
+
+
+def _checked_ranges(ranges: Any, consumed: int) -> list[list[int]]:
+    """Return ranges as a checkpoint keeps them. Raises: DataError unless they are in order and end by `consumed`."""
+    behind = 0
+    for ends in ranges if isinstance(ranges, list) else [ranges]:
+        whole = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
+        if not whole or not behind <= ends[0] < ends[1] <= consumed:
+            raise DataError(
+                f"data state: skipped_ranges is {ranges!r}, expected [[start, stop], …] in order, "
+                f"within the {consumed:,} samples consumed"
+            )
+        behind = ends[1]
+    return [list(ends) for ends in ranges]
 
 
 def validation_batches(

@@ -70,6 +70,12 @@ class Mixture(NamedTuple):
         source = self.table[slot]
         return source, period * np.array(self.slots, dtype=np.int64)[source] + self.earlier[slot]
 
+    def counts(self, index: int) -> list[int]:
+        """Return for each source how many of the samples [0, index) are its own."""
+        periods, slot = divmod(index, SLOTS)
+        rest = np.bincount(self.table[:slot], minlength=len(self.slots))
+        return [periods * slots + int(more) for slots, more in zip(self.slots, rest, strict=True)]
+
 
 def mixture(names: Sequence[str], weights: Sequence[float]) -> Mixture:
     """Build the table of a mixture: weights rounded to slots by largest remainder, spread by error diffusion.

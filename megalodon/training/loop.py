@@ -137,6 +137,10 @@ class Trainer:
         self.flops = flops_per_token(model_config, plan.seq_len)
         self.dropout = any((model_config.dropout, model_config.hidden_dropout, model_config.attention_dropout))
         self.step, self.updates, self.tokens, self.targets = 0, 0, 0, 0
+        self.consumed = 0
+        """The global number of the next sample."""
+        self.skipped_ranges: list[list[int]] = []
+        """The samples [start, stop) below it that were jumped over and never trained on."""
         self.observed = -1
         """The last step whose tasks are done."""
         self.valid_loss: float | None = None
@@ -149,7 +153,7 @@ class Trainer:
         """Take one optimizer step: batch, gradient, verdict, update; return its row of metrics."""
         begin = time.monotonic()
         step, plan = self.step + 1, self.plan
-        first = self.step * plan.rows
+        first = self.consumed
         batch = self.loader.batch(first, plan.rows)
         loaded = time.monotonic()
         if self.dropout:
@@ -171,7 +175,8 @@ class Trainer:
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.tokens, self.targets = step, self.tokens + plan.batch_tokens, self.targets + total
+        self.step, self.consumed = step, first + plan.rows
+        self.tokens, self.targets = self.tokens + plan.batch_tokens, self.targets + total
         seconds = time.monotonic() - begin
         speed = plan.batch_tokens / seconds
         num_bytes = int(self.run.bytes_table[batch.targets[batch.targets != IGNORED]].sum())
@@ -318,7 +323,7 @@ class Trainer:
             "targets": self.targets,
             "observed": self.observed,
             "guard": self.guard.state(),
-            "data": self.loader.state(self.step * self.plan.rows),
+            "data": self.loader.state(self.consumed, self.skipped_ranges),
             "seed": self.plan.config.seed,
             "schedule": {"name": self.plan.optim.schedule, "horizon": self.plan.horizon},
             "optimizer": [
@@ -365,7 +370,7 @@ class Trainer:
     def _restore(self, saved: Saved) -> None:
         state = saved.state
         try:
-            consumed = self.loader.check(state["data"])
+            consumed, skipped_ranges = self.loader.check(state["data"])
             names = [group["names"] for group in state["optimizer"]]
             if names != [group["names"] for group in self.optimizer.param_groups]:
                 raise CheckpointError(f"{saved.path}: the optimizer's parameter groups are others; check optim.decay")
@@ -376,9 +381,11 @@ class Trainer:
             self.observed, self.valid_loss = int(state["observed"]), saved.manifest.get("valid_loss")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{saved.path / 'state.json'} is incomplete: {error!r}") from error
-        if consumed != self.step * self.plan.rows:
-            expected = f"{self.step:,} steps of {self.plan.rows} sequences are {self.step * self.plan.rows:,}"
+        trained, skipped = self.step * self.plan.rows, sum(stop - start for start, stop in skipped_ranges)
+        if consumed != trained + skipped:
+            expected = f"{self.step:,} steps of {self.plan.rows} sequences are {trained:,} and {skipped:,} were skipped"
             raise CheckpointError(f"{saved.path}: {consumed:,} samples were consumed, but {expected}")
+        self.consumed, self.skipped_ranges = consumed, skipped_ranges
         self.saved, self.saved_step = saved.path, self.step
 
 

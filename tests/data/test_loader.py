@@ -80,7 +80,7 @@ def test_a_stream_shorter_than_one_window_is_refused(store: Store) -> None:
 def test_state_is_small_and_other_data_is_refused(store: Store, tmp_path: Path) -> None:
     loader = Loader(store, 7, "doc", seed=4)
     state = json.loads(json.dumps(loader.state(123)))
-    assert loader.check(state) == 123
+    assert loader.check(state) == (123, [])
     assert str(tmp_path) not in json.dumps(state)
     with pytest.raises(DataError, match=r"seed was 4 and is now 5; seq_len was 7 and is now 9"):
         Loader(store, 9, "doc", seed=5).check(state)
@@ -88,6 +88,37 @@ def test_state_is_small_and_other_data_is_refused(store: Store, tmp_path: Path) 
         loader.check({**state, "fingerprint": "x"})
     with pytest.raises(DataError, match="samples_consumed"):
         loader.check({})
+
+
+def test_jumps_are_part_of_the_state_and_come_back(store: Store) -> None:
+    loader = Loader(store, 7, "doc", seed=4)
+    jumps = [[0, 8], [16, 24], [24, 123]]
+    assert loader.check(json.loads(json.dumps(loader.state(123, jumps)))) == (123, jumps)
+    for bad in (
+        None,
+        3,
+        [[8, 8]],
+        [[8, 4]],
+        [[0, 8], [7, 9]],
+        [[100, 124]],
+        [[-1, 3]],
+        [[0, 1, 2]],
+        [[0, 1.0]],
+        ["ab"],
+    ):
+        with pytest.raises(DataError, match=r"skipped_ranges is .*expected \[\[start, stop\]"):
+            loader.check({**loader.state(123), "skipped_ranges": bad})
+
+
+def test_progress_says_where_each_source_stands(store: Store) -> None:
+    loader = Loader(store, 5, "doc", seed=2, weights={"a": 3.0, "b": 1.0})
+    for consumed in (0, 1, 7, 400, 4096, 10_000):
+        own = [source for source, _ in loader.locate(0, consumed)] if consumed else []
+        expected = {
+            name: {"epoch": own.count(i) // windows, "sample": own.count(i) % windows, "of": windows}
+            for i, (name, windows) in enumerate({"a": 50 // 5, "b": 79 // 5}.items())
+        }
+        assert loader.progress(consumed) == loader.state(consumed)["progress"] == expected
 
 
 def test_the_window_ledger_adds_up(store: Store) -> None:

@@ -1,7 +1,9 @@
 """The laws of the loop: a cut into micro-batches changes nothing, a resumed run is an uninterrupted one."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from megalodon.checkpoint.store import steps_in
 from megalodon.config import InvalidRecipe
 from megalodon.data.loader import IGNORED, Loader
 from megalodon.data.shards import Store
-from megalodon.errors import EnvironmentFault, NumericalError, OutOfMemory, RecipeError
+from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError, OutOfMemory, RecipeError
 from megalodon.model.megalodon import Megalodon
-from megalodon.training.loop import Result, Row, Task
+from megalodon.training.loop import Result, Row, Run, Task, Trainer
 from megalodon.training.optim import OptimConfig, build_optimizer, optimizer_tensors
 from megalodon.training.plan import MICRO_TOKENS, ParallelConfig, TrainConfig
 
@@ -281,6 +283,35 @@ def test_other_data_are_refused_at_resume(store: Store, tmp_path: Path) -> None:
     other = tiny_store(tmp_path / "other", seed=1)
     with pytest.raises(Exception, match="cannot go on with other data: fingerprint was"):
         tiny_run(other, tmp_path / "run", tiny_plan())
+
+
+def test_a_jump_over_samples_survives_a_restart(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    batch = Loader.batch
+    monkeypatch.setattr(Loader, "batch", lambda self, first, count: (read.append(first), batch(self, first, count))[1])
+
+    @contextlib.contextmanager
+    def trainer() -> Iterator[Trainer]:
+        loader, run = Loader(store, SEQ_LEN, "doc", 1), Run(tmp_path, NUM_CLASSES, BYTES_TABLE)
+        made = Trainer(tiny_config(), loader, tiny_plan(), run)
+        with contextlib.closing(made.metrics):
+            made.resume()
+            yield made
+
+    with trainer() as first:
+        first.train_step()
+        first.consumed, first.skipped_ranges = 12, [[4, 12]]
+        first.train_step()
+        first._save()
+    with trainer() as again:
+        assert (again.step, again.consumed, again.skipped_ranges) == (2, 16, [[4, 12]])
+        again.train_step()
+        assert read == [0, 12, 16]
+        again.consumed += 1
+        again._save()
+    wrong = "21 samples were consumed, but 3 steps of 4 sequences are 12 and 8 were skipped"
+    with pytest.raises(CheckpointError, match=wrong), trainer():
+        pass
 
 
 def test_the_state_of_the_optimizer_has_a_name_for_every_tensor() -> None:
