@@ -4,10 +4,12 @@ Not here: what a command does (commands/), what it prints with (console.py).
 """
 
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from megalodon.errors import EnvironmentFault, InputError
-from megalodon_cli import console
+from megalodon_cli import console, crash, variables
 from megalodon_cli.commands.doctor import doctor
 from megalodon_cli.commands.generate import generate
 from megalodon_cli.commands.pretrain import pretrain
@@ -52,32 +54,45 @@ UNFIT |= {errno.EACCES, errno.EPERM, errno.EROFS}
 """What the system says of a path that cannot be what was asked of it."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 """Variables that keep the libraries of the Hugging Face Hub from the network."""
+COMMANDS = ("tokenize", "pretrain", "generate", "recipes", "runs", "doctor")
 TAKES_KEYS = {"tokenize", "pretrain", "recipes"}
 """Commands that take recipe keys, also in the form `--optim.lr 1e-3`."""
+EXAMPLES = {"train.max_steps": "2000", "train.max_tokens": "2M", "model.init_from": "runs/mine"}
+"""Values of keys that have short names."""
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Return the name of the command in a line; empty if there is none."""
+    return next((text for text in arguments if text in COMMANDS), "")
 
 
 def spelled(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with `--optim.lr 1e-3` written as the change `optim.lr=1e-3`, `-c FILE` as the recipe FILE.
 
-    `--optim.lr=1e-3`, `--config FILE` and `--config=FILE` are the same.
+    `--optim.lr=1e-3`, `--config FILE` and `--config=FILE` are the same. So are, for pretrain, the short names of keys:
+    `--max-steps 9` becomes `train.max_steps=9`, in its place among the other changes.
     """
-    if not TAKES_KEYS & set(arguments):
+    command = _command(arguments)
+    if command not in TAKES_KEYS:
         return list(arguments)
+    short = variables.KEYS if command == "pretrain" else {}
     shown: list[str] = []
     rest = iter(arguments)
     for text in rest:
         option, equals, given = text.partition("=")
         recipe = option in ("-c", "--config")
+        key = short.get(option.removeprefix("--").replace("_", "-")) if option.startswith("--") else None
         if text == "--":
             return [*shown, text, *rest]
-        if not recipe and not (text.startswith("--") and "." in option):
+        if not recipe and not key and not (text.startswith("--") and "." in option):
             shown.append(text)
-        elif (value := given if equals else next(rest, None)) is not None:
-            shown.append(value if recipe else f"{option.removeprefix('--')}={value}")
-        else:
-            raise InputError(
-                f"command line: {text}: expected a value, such as {text} {'my.yaml' if recipe else '1e-3'}"
-            )
+            continue
+        value = given if equals else next(rest, None)
+        if value is None or (key and not value):
+            example = "my.yaml" if recipe else EXAMPLES.get(key or "", "1e-3")
+            raise InputError(f"command line: {option}: expected a value, such as {option} {example}")
+        name = key or option.removeprefix("--")
+        shown.append(value if recipe else f"{name}={json.dumps(value) if key == 'model.init_from' else value}")
     return shown
 
 
@@ -94,10 +109,13 @@ class Shell(TyperGroup):
                 if param.param_type_name == "option" and param.name in EVERYWHERE - have and fits:
                     param.expose_value = False  # its callback stores it; the command knows nothing of it
                     command.params.append(param)
+            variables.listen(command, takes_keys=cmd_name == "pretrain")
         return command
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a command line; a group that is called alone prints its help."""
+        if ctx.parent is None:
+            variables.listen(self, takes_keys=False)
         if not args and not ctx.resilient_parsing:
             typer.echo(ctx.get_help())
             ctx.exit()
@@ -111,6 +129,8 @@ class Shell(TyperGroup):
             raise InputError(f"{args[0]}: no such command; {meant}", f"{ctx.command_path} --help")
         if ctx.parent is None and console.wants_json() and args[0] not in JSON:
             raise InputError(f"--json: {args[0]} prints no document; commands that do: {', '.join(sorted(JSON))}")
+        if ctx.parent is None and not ctx.resilient_parsing and any(n.startswith(variables.PREFIX) for n in os.environ):
+            variables.warn_of_unknown([self, *filter(None, map(partial(self.get_command, ctx), COMMANDS))])
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -169,11 +189,14 @@ def explain(error: Exception, given: Iterable[str] = ()) -> int:
         error = InputError(f"{os.fsdecode(error.filename)}: {(error.strerror or str(error)).lower()}")
     code = getattr(error, "exit_code", None)
     if not isinstance(code, int):
-        return _internal(error, given)
+        message = crash.report(error, next((text for text in given if not text.startswith("-")), ""))
+        console.failure({"kind": "internal", "message": message, "hint": None}, 1)
+        return 1
     message, hint = str(error), getattr(error, "hint", None)
     problems = getattr(error, "problems", ())
     if isinstance(error, typer.TyperException):
         message, hint = _usage(error)
+    message = variables.named(message)
     if code == 75:
         console.info(message)
     for problem in problems:
@@ -202,31 +225,6 @@ def _usage(error: Any) -> tuple[str, str | None]:
         return f"{option}: no such option" + (f"; did you mean {near[0]}?" if near else ""), None if near else hint
     message = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".").replace("'", "`")
     return message[:1].lower() + message[1:], hint
-
-
-def _internal(error: Exception, given: Iterable[str]) -> int:
-    """Write a crash report without any data, and say where it is."""
-    import importlib.metadata
-    import platform
-    import tempfile
-    import traceback
-
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    versions = [f"python {platform.python_version()} on {platform.platform()}"]
-    for name in ("megalodon-lm", "torch", "triton", "numpy", "typer", "pydantic"):
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{name} not installed")
-    command = next((text for text in given if not text.startswith("-")), "")
-    report = Path(tempfile.gettempdir()) / f"megalodon-crash-{os.getpid()}.txt"
-    trace = "".join(traceback.format_exception(error))
-    report.write_text("\n".join([f"megalodon {command}", *versions, "", trace]), encoding="utf-8")
-    where = f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno}"
-    message = f"internal: {type(error).__name__}: {error} in {where}; this is a bug. Details: {report}"
-    console.error(" ".join(message.split()))
-    console.failure({"kind": "internal", "message": message, "hint": None}, 1)
-    return 1
 
 
 def _take(param: typer.CallbackParam, value: Any) -> Any:

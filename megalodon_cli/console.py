@@ -50,6 +50,10 @@ class Settings:
     log_file: Path | None = None
     warnings: Counter[str] = field(default_factory=Counter)
     """Every warning so far and how often it came."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Options whose value came from the environment, with the variable of each."""
+    run: tuple[Path, str] | None = None
+    """The run directory this command works on and its recipe, for the report of an unexpected error."""
 
 
 _settings = Settings()
