@@ -89,8 +89,8 @@ def spelled(arguments: Sequence[str]) -> list[str]:
             continue
         value = given if equals else next(rest, None)
         if value is None or (key and not value):
-            example = "my.yaml" if recipe else EXAMPLES.get(key or "", "1e-3")
-            raise InputError(f"command line: {option}: expected a value, such as {option} {example}")
+            example, came = "my.yaml" if recipe else EXAMPLES.get(key or "", "1e-3"), ", got nothing" if key else ""
+            raise InputError(f"command line: {option}: expected a value, such as {option} {example}{came}")
         name = key or option.removeprefix("--")
         shown.append(value if recipe else f"{name}={json.dumps(value) if key == 'model.init_from' else value}")
     return shown
