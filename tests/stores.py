@@ -18,6 +18,8 @@ NUM_CLASSES = 47
 """Ids of the pretended tokenizer; the tiny model has 53 rows, so 6 of them are padding."""
 BYTES_TABLE = np.arange(NUM_CLASSES, dtype=np.int64) % 5
 SEQ_LEN = 37
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+"""The only file of tensors in a checkpoint of the tiny model."""
 
 
 def tiny_store(directory: Path, documents: int = 60, seed: int = 0) -> Store:

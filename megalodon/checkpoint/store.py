@@ -3,42 +3,50 @@
     checkpoints/step-00001000/
       manifest.json                  written last: every file with bytes and sha256, every tensor, what the run was
       state.json                     every scalar of the run
-      tensors/shard-00000.safetensors   model.*, optim.exp_avg.*, optim.exp_avg_sq.*, optim.step.*
+      tensors/shard-*.safetensors    model.*, optim.exp_avg.*, optim.exp_avg_sq.*, optim.step.*
     checkpoints/best                 JSON pointer to the step of lowest validation loss among those that are kept
     checkpoints/.bad-step-…          a step that did not verify when it was needed; never read, never removed
-    lock.json                        owner of the run directory
+    checkpoints/.tmp-… .del-…        half-written, half-removed; removed at the next start
 
 The rename is the commit: a directory that has its name is complete. Random numbers need no file: a step draws them
 from a seed made of the run's seed and its own number (training/loop.py). Tensors are safetensors, the rest is JSON;
-nothing is unpickled. Not here: model directories (tensors.py), what a step's state means (training/loop.py).
+nothing is unpickled. Not here: the tensors' files (tensor_files.py), when a save is written (saver.py), the lock of a
+run (lock.py), model directories (tensors.py), what a step's state means (training/loop.py).
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
-import torch
-from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from torch import Tensor
 
+from megalodon.checkpoint.tensor_files import (
+    Form,
+    check_coverage,
+    count_files,
+    form_of,
+    naming,
+    read_all_boxes,
+    read_tensors,
+    write_tensors,
+)
 from megalodon.config import Config, show
 from megalodon.errors import CheckpointError, EnvironmentFault
 
 FORMAT = "megalodon/checkpoint/1"
-SHARD_BYTES = 2 * 10**9
-RESERVE_BYTES = 16 * 2**20
+RESERVE_BYTES, RESERVE_FILES = 16 * 2**20, 16
+_WRITER = secrets.token_hex(4)
+"""Tells what this process writes aside from what another one left."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -55,14 +63,20 @@ class CheckpointConfig(Config):
     """Checkpoints of lowest validation loss that are kept."""
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this many steps are never removed; null = none."""
-    background: bool = False
-    """Write while training goes on."""
+    background: bool = True
+    """Write while training goes on; the loop waits for a copy of the tensors only. The last save is waited for."""
     on_error: Literal["stop", "continue"] = "stop"
-    """What a failed save does to the run."""
+    """What a failed save does to the run; it stops anyway where it was to end with a checkpoint."""
     verify: Literal["full", "fast"] = "full"
     """On load: full compares hashes, fast only sizes."""
     export: bool = True
     """Write the model directory `model/` at the end."""
+
+    @model_validator(mode="after")
+    def _two_are_kept(self) -> Self:
+        if self.background and self.keep_last < 2:
+            raise ValueError("keep_last 1 with background: true; expected keep_last: 2 or more, or background: false")
+        return self
 
 
 class Saved(NamedTuple):
@@ -87,7 +101,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON (no NaN, no infinity) and force it to the disk."""
-    with path.open("w", encoding="utf-8") as file:
+    with naming(path), path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
@@ -110,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}; expected a JSON object")
@@ -120,7 +134,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -128,7 +143,7 @@ def _sync_directory(path: Path) -> None:
 def _sync_tree(path: Path) -> None:
     for place, _, files in os.walk(path):
         for name in files:
-            with open(Path(place, name), "rb") as file:
+            with naming(Path(place, name)), open(Path(place, name), "rb") as file:
                 os.fsync(file.fileno())
         _sync_directory(Path(place))
 
@@ -138,20 +153,17 @@ def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside `target` that takes its name when the block ends, and vanishes if it fails.
 
     Args:
-        replace: an existing directory of that name gives way once the new one is complete.
+        replace: an existing directory of that name gives way once the new one is complete; if it cannot, it stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    aside = target.with_name(f".tmp-{target.name}-{_WRITER}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside
         _sync_tree(aside)
         if replace and target.exists():
-            old = target.with_name(f".del-{target.name}-{os.getpid()}")
-            os.rename(target, old)
-            os.rename(aside, target)
-            shutil.rmtree(old)
+            _exchange(target, aside)
         else:
             os.rename(aside, target)
         _sync_directory(target.parent)
@@ -160,15 +172,39 @@ def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
+def _exchange(target: Path, aside: Path) -> None:
+    """Give the name of a directory to another one and remove the first; if that fails it has its name back."""
+    old = target.with_name(f".del-{target.name}-{_WRITER}")
+    os.rename(target, old)
+    try:
+        os.rename(aside, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)  # it has lost its name; the next start removes what is left of it
+
+
 def clean_leftovers(root: Path) -> None:
-    """Remove what a killed process left half-written or half-deleted; only under the lock of the run."""
+    """Remove what a killed process left half-written or half-deleted; only under the lock of the run.
+
+    Raises: EnvironmentFault if something cannot be removed.
+    """
     for leftover in (*root.glob(".tmp-*"), *root.glob(".del-*")):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        try:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        except OSError as error:
+            raise EnvironmentFault(f"{leftover}, left by a run that was killed, cannot be removed: {error}") from error
 
 
 def steps_in(root: Path) -> list[int]:
-    """Return the committed steps below a `checkpoints/` directory, newest first; verified or not."""
-    names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    """Return the committed steps below a `checkpoints/` directory, newest first; verified or not.
+
+    Raises: EnvironmentFault if the directory cannot be read.
+    """
+    try:
+        names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    except OSError as error:
+        raise EnvironmentFault(f"{root} cannot be read: {error.strerror}") from error
     return sorted((int(match[1]) for name in names if (match := _STEP.fullmatch(name))), reverse=True)
 
 
@@ -177,28 +213,21 @@ def step_path(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Cut a dict of tensors, in order, into pieces of at most SHARD_BYTES (one larger tensor stands alone)."""
-    piece: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if piece and size + tensor.nbytes > SHARD_BYTES:
-            yield piece
-            piece, size = {}, 0
-        piece[name] = tensor
-        size += tensor.nbytes
-    if piece:
-        yield piece
+def check_space(directory: Path, num_bytes: int, num_files: int = 1) -> None:
+    """Check that the disk of `directory` can hold so many bytes and files, and a reserve.
 
-
-def check_space(directory: Path, num_bytes: int) -> None:
-    """Raises: EnvironmentFault with both numbers if the disk of `directory` cannot hold `num_bytes` and a reserve."""
-    need, free = int(num_bytes * 1.05) + RESERVE_BYTES, shutil.disk_usage(directory).free
+    Raises: EnvironmentFault with both numbers.
+    """
+    disk = os.statvfs(directory)
+    need, free = int(num_bytes * 1.05) + RESERVE_BYTES, disk.f_bavail * disk.f_frsize
+    wanted, nodes = num_files + RESERVE_FILES, disk.f_favail
+    hint = "free some space, or choose another -o/--out-dir; committed checkpoints are untouched"
     if free < need:
         raise EnvironmentFault(
-            f"{directory}: saving needs {need / 1e9:.3f} GB and the disk has {free / 1e9:.3f} GB free",
-            "free some space, or choose another -o/--out-dir; committed checkpoints are untouched",
+            f"{directory}: saving needs {need / 1e9:.3f} GB and the disk has {free / 1e9:.3f} GB free", hint
         )
+    if disk.f_files and nodes < wanted:  # a file system that counts none says 0
+        raise EnvironmentFault(f"{directory}: saving needs {wanted:,} inodes and the disk has {nodes:,} free", hint)
 
 
 def save_step(
@@ -208,47 +237,47 @@ def save_step(
 
     Args:
         root:    the `checkpoints/` directory of the run.
-        tensors: everything that is restored bit by bit, under unique names.
+        tensors: everything that is restored bit by bit, under unique names; none shares its memory with another.
         state:   the scalars of the run; JSON without NaN.
         about:   what else the manifest records: frozen values, data fingerprint, versions, valid_loss.
     Raises:
-        EnvironmentFault: too little disk space, or a file could not be written; nothing is left behind.
+        EnvironmentFault: too little disk space, a file could not be written, or what was written does not hold every
+            tensor exactly once; nothing is left behind.
     """
     target = step_path(root, step)
-    root.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        try:
-            verify_step(target)
-            return target
-        except CheckpointError:
-            set_aside(target)
-    check_space(root, sum(tensor.nbytes for tensor in tensors.values()))
+    forms = {name: form_of(tensor) for name, tensor in tensors.items()}
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            try:
+                verify_step(target)
+                return target
+            except CheckpointError:
+                set_aside(target)
+        check_space(root, sum(tensor.nbytes for tensor in tensors.values()), count_files(tensors))
         with staged(target) as aside:
-            (aside / "tensors").mkdir()
-            listed: dict[str, Any] = {}
-            for number, piece in enumerate(_shards(tensors)):
-                name = f"tensors/shard-{number:05d}.safetensors"
-                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in piece.items()}, aside / name)
-                for key, tensor in piece.items():
-                    listed[key] = {"shape": list(tensor.shape), "dtype": _dtype(tensor), "file": name}
+            write_tensors(aside / "tensors", tensors)
+            check_coverage(read_all_boxes(aside / "tensors", len(forms)), forms, aside)
             write_json(aside / "state.json", dict(state))
             files = sorted(path for path in aside.rglob("*") if path.is_file())
             described = {path.relative_to(aside).as_posix(): describe_file(path) for path in files}
+            listed = {name: {"shape": list(form.shape), "dtype": form.dtype} for name, form in forms.items()}
             manifest = {"format": FORMAT, "step": step, **about, "files": described, "tensors": listed}
             write_json(aside / "manifest.json", manifest)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         raise EnvironmentFault(f"step {step} could not be saved in {root}: {error}") from error
     return target
 
 
 def set_aside(step: Path) -> None:
-    """Take its name from a step that does not verify, so that nothing counts it; its files stay."""
-    os.rename(step, step.with_name(f".bad-{step.name}-{time.time_ns()}"))
+    """Take its name from a step that does not verify, so that nothing counts it; its files stay.
 
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    Raises: EnvironmentFault if it cannot be renamed.
+    """
+    try:
+        os.rename(step, step.with_name(f".bad-{step.name}-{time.time_ns()}"))
+    except OSError as error:
+        raise EnvironmentFault(f"{step} does not verify and cannot be set aside: {error.strerror}") from error
 
 
 def check_files(directory: Path, files: object, *, hashes: bool = True) -> None:
@@ -269,43 +298,64 @@ def check_files(directory: Path, files: object, *, hashes: bool = True) -> None:
                 f"{directory}: {name} is listed, which lies outside; expected a file of this directory"
             )
         path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        size = path.stat().st_size
-        if size != recorded["bytes"]:
-            raise CheckpointError(f"{path} has {size:,} bytes; {recorded['bytes']:,} were written")
-        if hashes and (found := sha256_file(path)) != recorded["sha256"]:
-            raise CheckpointError(f"{path} has sha256 {found[:12]}…; {recorded['sha256'][:12]}… was written")
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing")
+            size = path.stat().st_size
+            if size != recorded["bytes"]:
+                raise CheckpointError(f"{path} has {size:,} bytes; {recorded['bytes']:,} were written")
+            if hashes and (found := sha256_file(path)) != recorded["sha256"]:
+                raise CheckpointError(f"{path} has sha256 {found[:12]}…; {recorded['sha256'][:12]}… was written")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def verify_step(path: Path, verify: Literal["full", "fast"] = "full") -> Saved:
-    """Return a committed checkpoint after checking every file against its manifest.
+    """Return a committed checkpoint after checking every file, and what the files say they hold, against its manifest.
 
+    Args:
+        verify: full compares sizes and hashes, fast only sizes; the headers of the tensors' files are read by both.
     Raises:
         CheckpointError: what is wrong with which file.
     """
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path / 'manifest.json'} has format {manifest.get('format')!r}; expected {FORMAT!r}")
+    name = path / "manifest.json"
+    manifest = read_json(name)
+    if (form := manifest.get("format")) != FORMAT:
+        raise CheckpointError(f"{name} has format {show(form)}; this version of megalodon reads {FORMAT}")
     try:
         check_files(path, manifest.get("files"), hashes=verify == "full")
         known = {"manifest.json", *manifest["files"]}
         found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
         if extra := sorted(found - known):
             raise CheckpointError(f"{path} holds files that were not written by us: {', '.join(extra)}")
-        return Saved(path, int(manifest["step"]), manifest, read_json(path / "state.json"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / 'manifest.json'} is not a manifest of ours: {error!r}") from error
+        if path != step_path(path.parent, step := int(manifest["step"])):
+            raise CheckpointError(f"{name} is that of step {step:,}; expected that of {path.name}")
+        forms = _forms(manifest)
+        check_coverage(read_all_boxes(path / "tensors", len(forms)), forms, path)
+        return Saved(path, step, manifest, read_json(path / "state.json"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{name} is not a manifest of ours: {error!r}") from error
 
 
-def newest_good_step(root: Path, verify: Literal["full", "fast"] = "full") -> tuple[Saved | None, list[str]]:
+def _forms(manifest: Mapping[str, Any]) -> dict[str, Form]:
+    return {name: Form(tuple(entry["shape"]), entry["dtype"]) for name, entry in manifest["tensors"].items()}
+
+
+def newest_good_step(
+    root: Path, verify: Literal["full", "fast"] = "full", before: int | None = None
+) -> tuple[Saved | None, list[str]]:
     """Return the newest checkpoint that verifies, and what is wrong with each newer one; None if none was committed.
 
+    Args:
+        before: only older steps than this one count.
     Raises:
         CheckpointError: checkpoints were committed but none verifies; the message has the reason of each.
+        EnvironmentFault: the directory cannot be read.
     """
     faults: list[str] = []
     for step in steps_in(root):
+        if before is not None and step >= before:
+            continue
         try:
             return verify_step(step_path(root, step), verify), faults
         except CheckpointError as error:
@@ -319,25 +369,19 @@ def load_tensors(saved: Saved, targets: Mapping[str, Tensor]) -> None:
     """Fill live tensors in place from a checkpoint that must hold exactly these, with equal shapes and dtypes.
 
     Raises:
-        CheckpointError: the full list of missing, unexpected and different tensors; nothing was changed then.
+        CheckpointError: the full list of missing, unexpected and different tensors; nothing was changed then. Or a file
+            that verified cannot be read any more; the targets are worth nothing then.
     """
-    listed = saved.manifest["tensors"]
-    problems = [f"{name} is missing" for name in targets if name not in listed]
-    problems += [f"{name} is unexpected" for name in listed if name not in targets]
-    for name, target in targets.items():
-        if name in listed:
-            came = (tuple(listed[name]["shape"]), listed[name]["dtype"])
-            if came != (tuple(target.shape), _dtype(target)):
-                problems.append(f"{name} is {came[1]} {came[0]}, expected {_dtype(target)} {tuple(target.shape)}")
+    listed, wanted = _forms(saved.manifest), {name: form_of(target) for name, target in targets.items()}
+    problems = [f"{name} is missing" for name in wanted if name not in listed]
+    problems += [f"{name} is unexpected" for name in listed if name not in wanted]
+    differ = [name for name, form in wanted.items() if listed.get(name, form) != form]
+    problems += [f"{name} is {listed[name]}, expected {wanted[name]}" for name in differ]
     if problems:
         raise CheckpointError(f"{saved.path} does not fit this model: {'; '.join(problems)}")
-    try:
-        for file in dict.fromkeys(entry["file"] for entry in listed.values()):
-            with safe_open(saved.path / file, framework="pt") as tensors, torch.no_grad():
-                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    targets[name].copy_(tensors.get_tensor(name))
-    except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"{saved.path} cannot be read: {error}") from error
+    boxes = read_all_boxes(saved.path / "tensors", len(wanted))
+    check_coverage(boxes, wanted, saved.path)
+    read_tensors(boxes, targets)
 
 
 def retain(root: Path, config: CheckpointConfig, committed: int | None = None) -> list[int]:
@@ -349,6 +393,8 @@ def retain(root: Path, config: CheckpointConfig, committed: int | None = None) -
 
     Args:
         committed: the step just saved; always kept.
+    Raises:
+        EnvironmentFault: a checkpoint cannot be removed, or `best` not be written.
     """
     scores: dict[int, float | None] = {}  # of every sound step, newest first
     for step in steps_in(root):
@@ -359,63 +405,15 @@ def retain(root: Path, config: CheckpointConfig, committed: int | None = None) -
     keep = {committed, *list(scores)[: config.keep_last], *(step for _, step in ranked[: config.keep_best])}
     keep |= {step for step in scores if config.keep_every and step % config.keep_every == 0}
     removed = [step for step in scores if step not in keep]
-    if best := next(((loss, step) for loss, step in ranked if step in keep), None):
-        replace_json(root / "best", {"step": best[1], "valid_loss": best[0]})
-    else:
-        (root / "best").unlink(missing_ok=True)
-    for step in removed:
-        doomed = root / f".del-{step_path(root, step).name}"
-        os.rename(step_path(root, step), doomed)
-        shutil.rmtree(doomed)
+    try:
+        if best := next(((loss, step) for loss, step in ranked if step in keep), None):
+            replace_json(root / "best", {"step": best[1], "valid_loss": best[0]})
+        else:
+            (root / "best").unlink(missing_ok=True)
+        for step in removed:
+            doomed = root / f".del-{step_path(root, step).name}-{_WRITER}"
+            os.rename(step_path(root, step), doomed)
+            shutil.rmtree(doomed)
+    except OSError as error:
+        raise EnvironmentFault(f"older checkpoints in {root} could not be removed: {error}") from error
     return removed
-
-
-class RunLock:
-    """Holds `lock.json` of a run directory while the context lasts, so that two trainers never share one.
-
-    The kernel's file lock decides; the file's content only tells who it is. A process that died holds nothing.
-
-    Raises (on entering):
-        CheckpointError: a live process holds the run, or another host left its name in the file.
-    """
-
-    def __init__(self, directory: Path, *, force: bool = False) -> None:
-        self.path, self.force = directory / "lock.json", force
-        self.taken_over: str | None = None
-        """Who left the run without unlocking it; None if nobody did."""
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> Self:
-        file = self.path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = False
-        except BlockingIOError:
-            held = True
-        file.seek(0)
-        try:
-            owner = json.loads(file.read() or "{}")
-        except ValueError:
-            owner = {}
-        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('started', '?')}"
-        elsewhere = owner.get("host", socket.gethostname()) != socket.gethostname()
-        if held or (elsewhere and not self.force):
-            file.close()
-            state = "is held by" if held else "was left locked by"
-            hint = None if held else "if that process is gone: --force-unlock"
-            raise CheckpointError(f"{self.path.parent} {state} {who}; one trainer per run", hint)
-        self.taken_over = who if owner else None
-        mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        file.truncate(0)
-        file.write(json.dumps(mine) + "\n")
-        file.flush()
-        self._file = file
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file:
-            self._file.truncate(0)
-            self._file.close()
-            self._file = None

@@ -23,13 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megalodon.checkpoint.saver import Saver
 from megalodon.checkpoint.store import (
     Saved,
     clean_leftovers,
     load_tensors,
     newest_good_step,
-    retain,
-    save_step,
     set_aside,
     step_path,
     steps_in,
@@ -80,6 +79,8 @@ class Run:
     begin: Callable[[], None] = lambda: None
     """Called once the state of the run is in place; only from then on the run directory changes."""
     report: Report = lambda row: None
+    beat: Callable[[], None] = lambda: None
+    """Called between two steps; shows others that the owner of the run directory lives."""
     stop: Callable[[], str | None] = lambda: None
     """Returns why the run is to stop after this step, or None."""
     stop_at_step: int | None = None
@@ -117,6 +118,7 @@ def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Re
         _deterministic(plan.config.deterministic),
         _out_of_memory(plan.device, smaller),
         contextlib.closing(trainer.metrics),
+        trainer.saves_ended(),
     ):
         trainer.resume()
         return trainer.run_to_the_end()
@@ -146,6 +148,7 @@ class Trainer:
         self.valid_loss: float | None = None
         """Of the last step whose tasks are done; None if it had none."""
         self.began = self.saved_at = time.monotonic()
+        self.saver = Saver(self.checkpoints, plan.checkpoint)
         self.saved: Path | None = None
         self.saved_step = 0
 
@@ -252,11 +255,14 @@ class Trainer:
                 self._save()
                 return self._result("milestone", f"step {self.run.stop_at_step:,} was asked for")
             if self._save_due():
-                self._save()
+                self._save(background=self.plan.checkpoint.background)
             self._write(self.train_step())
 
     def _result(self, status: Literal["finished", "milestone", "stopped"], reason: str) -> Result:
         seconds = time.monotonic() - self.began
+        if status != "finished" and self.step != self.saved_step:
+            lost = f"step {self.step:,} could not be saved, the newest checkpoint is of step {self.saved_step:,}"
+            raise EnvironmentFault(f"stopping ({reason}): {lost}; the same command continues from there")
         return Result(status, self.step, self.tokens, seconds, reason, self.saved, self.model)
 
     def _stop_reason(self) -> str | None:
@@ -302,18 +308,26 @@ class Trainer:
         return tensors | optimizer_tensors(self.optimizer)
 
     def _save_due(self) -> bool:
+        """Whether to save between these two steps; also tells of a save in the background that has ended."""
+        self.run.beat()
+        self._settle()
         save_file = self.run.directory / "save"
-        if save_file.exists():
-            save_file.unlink(missing_ok=True)
-            return True
-        config = self.plan.checkpoint
-        if self.step == self.saved_step:
+        asked = save_file.exists()
+        save_file.unlink(missing_ok=True)
+        if self.step in (self.saved_step, self.saver.pending):
+            if asked:
+                where = "is being saved" if self.saver.pending else f"is saved already: {self.saved}"
+                text = f"step {self.step:,} {where}" if self.step else "nothing to save before the first step"
+                self.run.report({"kind": "note", "event": "asked", "step": self.step, "text": text})
             return False
+        config = self.plan.checkpoint
         late = config.every_minutes is not None and time.monotonic() - self.saved_at >= config.every_minutes * 60
-        return late or (config.every is not None and self.step % config.every == 0)
+        return asked or late or (config.every is not None and self.step % config.every == 0)
 
-    def _save(self) -> None:
-        """Commit a checkpoint of this step, once; before the first step there is nothing to save."""
+    def _save(self, *, background: bool = False) -> None:
+        """Commit a checkpoint of this step, once, or begin to; before the first step there is nothing to save."""
+        begin = time.monotonic()
+        self._settle(wait=True)
         if self.step == self.saved_step:
             return
         state = {
@@ -335,19 +349,38 @@ class Trainer:
         scored = loss if loss is not None and math.isfinite(loss) else None
         about = {**self.run.about, "data": self.loader.store.fingerprint, "valid_loss": scored}
         self.metrics.sync()
-        begin = time.monotonic()
+        self.saved_at = time.monotonic()
+        self.saver.save(self.step, self._live_tensors(), state, about, background=background, since=begin)
+        self._settle(wait=not background)
+
+    def _settle(self, *, wait: bool = False) -> None:
+        """Tell how the save in flight ended, if it has. Raises: EnvironmentFault if it failed and on_error is stop."""
         try:
-            self.saved = save_step(self.checkpoints, self.step, self._live_tensors(), state, about)
+            done = self.saver.poll(wait=wait)
+            if done is None:
+                return
+            self.saved, self.saved_step = done.path, done.step
+            waited = f", {done.waited:.1f} s of it waited for" if done.waited < done.seconds else ""
+            text = f"saved step {done.step:,} in {done.seconds:.1f} s{waited}: {done.path}"
+            self.run.report({"kind": "note", "event": "saved", "step": done.step, "text": text})
+            if done.trouble:
+                raise done.trouble
         except EnvironmentFault as error:
             if self.plan.checkpoint.on_error == "stop":
                 raise
             self.run.report({"kind": "warning", "text": f"{error}; training goes on (checkpoint.on_error)"})
-            self.saved_at = time.monotonic()
-            return
-        self.saved_step, self.saved_at = self.step, time.monotonic()
-        retain(self.checkpoints, self.plan.checkpoint, self.step)
-        text = f"saved step {self.step:,} in {self.saved_at - begin:.1f} s: {self.saved}"
-        self.run.report({"kind": "note", "event": "saved", "step": self.step, "text": text})
+
+    @contextlib.contextmanager
+    def saves_ended(self) -> Iterator[None]:
+        """Wait for the save in flight before an error leaves, and tell of it; a second signal waits for nothing."""
+        try:
+            yield
+        except Exception:
+            try:
+                self._settle(wait=True)
+            except Exception as error:
+                self.run.report({"kind": "warning", "text": str(error)})
+            raise
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that verifies, or start at step 0; what came after it is set aside."""

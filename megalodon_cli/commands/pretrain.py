@@ -149,7 +149,8 @@ class Signals:
 
 def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: int | None, force_unlock: bool) -> None:
     """Train, export, and print the result. Raises: Stopped if a signal, a file or the clock ended it early."""
-    from megalodon.checkpoint.store import RunLock, clean_leftovers
+    from megalodon.checkpoint.lock import RunLock
+    from megalodon.checkpoint.store import clean_leftovers
     from megalodon.data.loader import token_bytes_table, validation_batches
     from megalodon.evaluation.perplexity import unigram_bits_per_byte
     from megalodon.training.host_memory import keep_freed_memory
@@ -179,6 +180,7 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
             tasks=training_job.tasks(job, bytes_table, lambda: signals.number is not None),
             begin=lambda: training_job.begin(job, record, unigram),
             report=screen,
+            beat=lock.beat,
             stop=signals.reason,
             stop_at_step=stop_at_step,
             max_seconds=max_seconds,

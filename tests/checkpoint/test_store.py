@@ -1,4 +1,4 @@
-"""A committed checkpoint is whole or is not used: kills, flipped bits, missing files, other models, two trainers."""
+"""A committed checkpoint is whole or is not used: kills, flipped bits, missing files, other models."""
 
 import json
 import os
@@ -8,16 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from megalodon.checkpoint import store
+from megalodon.checkpoint import store, tensor_files
 from megalodon.checkpoint.store import (
     CheckpointConfig,
-    RunLock,
     check_files,
     clean_leftovers,
     load_tensors,
@@ -30,6 +29,8 @@ from megalodon.checkpoint.store import (
     verify_step,
 )
 from megalodon.errors import CheckpointError, EnvironmentFault
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def tensors(step: int) -> dict[str, Tensor]:
@@ -55,14 +56,23 @@ def flip(path: Path, position: int = -50) -> None:
 
 
 def shard(root: Path, step: int) -> Path:
-    return step_path(root, step) / "tensors" / "shard-00000.safetensors"
+    return step_path(root, step) / "tensors" / SHARD
+
+
+class Disk(NamedTuple):
+    """What `os.statvfs` tells."""
+
+    f_bavail: int
+    f_frsize: int
+    f_files: int
+    f_favail: int
 
 
 @pytest.mark.parametrize("limit", [10**9, 100])
 def test_what_is_saved_comes_back_bit_by_bit_from_one_file_or_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    monkeypatch.setattr(store, "SHARD_BYTES", limit)
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", limit)
     save(tmp_path, 12)
     saved, faults = newest_good_step(tmp_path)
     assert saved is not None and (saved.step, saved.state, faults) == (12, {"step": 12}, [])
@@ -75,7 +85,7 @@ def test_what_is_saved_comes_back_bit_by_bit_from_one_file_or_many(
 def test_no_file_of_a_checkpoint_is_a_pickle_and_the_manifest_lists_them_all(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    assert names == {"manifest.json", "state.json", "tensors/shard-00000.safetensors"}
+    assert names == {"manifest.json", "state.json", f"tensors/{SHARD}"}
     assert set(json.loads((path / "manifest.json").read_text())["files"]) == names - {"manifest.json"}
 
 
@@ -86,7 +96,7 @@ def test_one_flipped_bit_is_detected_and_the_step_before_is_used(tmp_path: Path,
     flip(shard(tmp_path, 9), position)
     saved, faults = newest_good_step(tmp_path)
     assert saved is not None and saved.step == 3
-    assert len(faults) == 1 and "shard-00000.safetensors has sha256" in faults[0]
+    assert len(faults) == 1 and f"{SHARD} has sha256" in faults[0]
 
 
 def test_fast_verification_sees_sizes_only(tmp_path: Path) -> None:
@@ -107,7 +117,8 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
     (broken(2) / "tensors/extra.safetensors").write_bytes(b"")
     (broken(3) / "manifest.json").write_text('{"format": "megalodon/checkpoint/1", "step": 3}')
     (broken(4) / "manifest.json").write_text('{"format"')
-    os.truncate(broken(5) / "tensors/shard-00000.safetensors", 40)
+    broken(5)
+    os.truncate(shard(tmp_path, 5), 40)
     with pytest.raises(CheckpointError) as caught:
         newest_good_step(tmp_path)
     text = str(caught.value)
@@ -116,7 +127,7 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
         "not written by us: tensors/extra.safetensors",
         "step-00000003: its list of files is null; expected names",
         "step-00000004/manifest.json is not JSON",
-        "step-00000005/tensors/shard-00000.safetensors has 40 bytes",
+        f"step-00000005/tensors/{SHARD} has 40 bytes",
     ):
         assert said in text
 
@@ -198,8 +209,11 @@ def test_a_valid_step_is_not_written_twice_and_a_broken_one_gives_way(tmp_path: 
 def test_too_little_space_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**7}))
+    monkeypatch.setattr("os.statvfs", lambda _: Disk(f_bavail=10**4, f_frsize=10**3, f_files=99, f_favail=99))
     with pytest.raises(EnvironmentFault, match=r"needs 0.017 GB and the disk has 0.010 GB free"):
+        save(tmp_path, 3)
+    monkeypatch.setattr("os.statvfs", lambda _: Disk(f_bavail=10**6, f_frsize=10**3, f_files=99, f_favail=7))
+    with pytest.raises(EnvironmentFault, match=r"needs 17 inodes and the disk has 7 free"):
         save(tmp_path, 3)
     assert list(tmp_path.iterdir()) == []
 
@@ -227,7 +241,7 @@ def test_another_model_is_refused_with_the_full_list_and_left_unchanged(tmp_path
 def test_the_best_is_kept_however_old(tmp_path: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5], start=1):
         save(tmp_path, step, valid_loss=loss)
-    removed = retain(tmp_path, CheckpointConfig(keep_last=1, keep_best=2))
+    removed = retain(tmp_path, CheckpointConfig(background=False, keep_last=1, keep_best=2))
     assert (removed, steps_in(tmp_path)) == ([4, 1], [5, 3, 2])
     assert json.loads((tmp_path / "best").read_text()) == {"step": 2, "valid_loss": 1.0}
 
@@ -238,7 +252,7 @@ def test_best_points_at_a_step_that_is_kept_or_at_none(tmp_path: Path) -> None:
     retain(tmp_path, CheckpointConfig(keep_last=2, keep_best=0))
     assert json.loads((tmp_path / "best").read_text()) == {"step": 2, "valid_loss": 2.0}
     save(tmp_path, 4)
-    retain(tmp_path, CheckpointConfig(keep_last=1, keep_best=0))
+    retain(tmp_path, CheckpointConfig(background=False, keep_last=1, keep_best=0))
     assert steps_in(tmp_path) == [4] and not (tmp_path / "best").exists()
 
 
@@ -248,7 +262,7 @@ def test_damaged_steps_neither_count_as_the_last_nor_stop_retention(tmp_path: Pa
     (step_path(tmp_path, 12) / "manifest.json").write_text('{"format"')
     os.truncate(shard(tmp_path, 16), 40)
     save(tmp_path, 5)
-    assert retain(tmp_path, CheckpointConfig(keep_last=1, keep_best=0), 5) == [4]
+    assert retain(tmp_path, CheckpointConfig(background=False, keep_last=1, keep_best=0), 5) == [4]
     assert steps_in(tmp_path) == [16, 12, 8, 5]
 
 
@@ -275,23 +289,3 @@ def test_a_record_that_is_none_of_ours_is_refused_by_name(tmp_path: Path, name: 
     (tmp_path / "b").write_text("b")
     with pytest.raises(CheckpointError, match=re.escape(said)):
         check_files(tmp_path / "run", files)
-
-
-def test_two_trainers_never_share_a_run(tmp_path: Path) -> None:
-    with RunLock(tmp_path) as first:
-        assert first.taken_over is None
-        with pytest.raises(CheckpointError, match=rf"is held by process {os.getpid()} on .* since"), RunLock(tmp_path):
-            pass
-    with RunLock(tmp_path) as second:
-        assert second.taken_over is None
-
-
-def test_a_lock_left_by_a_dead_process_is_taken_over_here_but_not_from_another_host(tmp_path: Path) -> None:
-    (tmp_path / "lock.json").write_text('{"pid": 1}')
-    with RunLock(tmp_path) as lock:
-        assert lock.taken_over is not None and lock.taken_over.startswith("process 1 on")
-    (tmp_path / "lock.json").write_text('{"pid": 1, "host": "elsewhere", "started": "then"}')
-    with pytest.raises(CheckpointError, match="left locked by process 1 on elsewhere since then"), RunLock(tmp_path):
-        pass
-    with RunLock(tmp_path, force=True) as lock:
-        assert lock.taken_over == "process 1 on elsewhere since then"

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import megalodon
-from megalodon.checkpoint.store import RunLock
+from megalodon.checkpoint.lock import RunLock
 from megalodon_cli.app import app
 
 SIZES = {"model_dim": 24, "z_dim": 12, "num_heads": 2, "value_dim": 34, "ffn_hidden_dim": 29, "cema_ndim": 3}

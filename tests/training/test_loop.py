@@ -12,7 +12,7 @@ import torch
 from factories import tiny_config
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from stores import BYTES_TABLE, NUM_CLASSES, SEQ_LEN, tiny_plan, tiny_run, tiny_store
+from stores import BYTES_TABLE, NUM_CLASSES, SEQ_LEN, SHARD, tiny_plan, tiny_run, tiny_store
 
 from megalodon.checkpoint.store import steps_in
 from megalodon.config import InvalidRecipe
@@ -180,14 +180,14 @@ def test_files_ask_to_save_and_to_stop_and_the_clock_stops(store: Store, tmp_pat
 def test_a_broken_newest_checkpoint_is_told_and_the_one_before_it_is_used(store: Store, tmp_path: Path) -> None:
     both(store, tmp_path / "whole", "plain")
     both(store, tmp_path / "parts", "plain", stop_at_step=6)
-    shard = tmp_path / "parts/checkpoints/step-00000006/tensors/shard-00000.safetensors"
+    shard = tmp_path / f"parts/checkpoints/step-00000006/tensors/{SHARD}"
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
     shard.write_bytes(content)
     told: list[Row] = []
     both(store, tmp_path / "parts", "plain", report=told.append)
     texts = [row["text"] for row in told if "text" in row]
-    assert "shard-00000.safetensors has sha256" in texts[0] and "the checkpoint before it" in texts[0]
+    assert f"{SHARD} has sha256" in texts[0] and "the checkpoint before it" in texts[0]
     assert texts[1].startswith("resuming at step 3 (444 tokens")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 7)
 
@@ -196,7 +196,7 @@ def test_after_a_fallback_the_next_save_keeps_itself_and_the_good_one(store: Sto
     plan = tiny_plan(checkpoint={"every": 2, "keep_last": 2})
     tiny_run(store, tmp_path, tiny_plan(checkpoint={"every": 2}), stop_at_step=6)
     for step in (4, 6):
-        shard = tmp_path / f"checkpoints/step-{step:08d}/tensors/shard-00000.safetensors"
+        shard = tmp_path / f"checkpoints/step-{step:08d}/tensors/{SHARD}"
         content = bytearray(shard.read_bytes())
         content[-100] ^= 1
         shard.write_bytes(content)
@@ -260,7 +260,7 @@ def test_a_failed_save_stops_the_run_or_is_told(store: Store, tmp_path: Path, mo
     def fail(*_: object) -> None:
         raise EnvironmentFault("disk full")
 
-    monkeypatch.setattr("megalodon.training.loop.save_step", fail)
+    monkeypatch.setattr("megalodon.checkpoint.saver.save_step", fail)
     with pytest.raises(EnvironmentFault, match="disk full"):
         tiny_run(store, tmp_path / "stops", tiny_plan())
     told: list[Row] = []
@@ -331,7 +331,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "train.guard.max_rollbacks 3 ": {"train": {"guard": {"max_rollbacks": 3}}},
     "optim.ema 0.9 ": {"optim": {"ema": 0.9}},
     "optim.z_loss 0.1 ": {"optim": {"z_loss": 0.1}},
-    "checkpoint.background true ": {"checkpoint": {"background": True}},
     "log.to [wandb] ": {"log": {"to": ("wandb",)}},
     "log.health_every 5 ": {"log": {"health_every": 5}},
     "parallel.dp_replicate 2 ": {"parallel": {"dp_replicate": 2}},

@@ -1,0 +1,118 @@
+"""When a checkpoint is written: in the loop's own thread, or in another while training goes on. Not here: what is in it
+(training/loop.py), how it is committed (store.py).
+"""
+
+import copy
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from megalodon.checkpoint.store import CheckpointConfig, retain, save_step
+from megalodon.errors import EnvironmentFault
+
+
+class Commit(NamedTuple):
+    """A checkpoint that was committed."""
+
+    path: Path
+    step: int
+    seconds: float
+    """From the call to the commit."""
+    waited: float
+    """Seconds of it that the caller had to wait."""
+    trouble: EnvironmentFault | None
+    """What went wrong after the commit, with older checkpoints that were to go."""
+
+
+class Saver:
+    """Commits the checkpoints of a run and removes those that nothing keeps, one save at a time.
+
+        saver.save(step, tensors, state, about, background=True)      copies the tensors, and returns
+        commit = saver.poll()                                         None while it is being written
+
+    In the background the caller waits for a copy of the tensors only; writing, hashing, the commit and what follows
+    from it (`best`, retention) are one thread's work. Nothing points at a checkpoint before it is committed.
+    The thread is none that an exit of the process would wait for: who must not lose the save calls `poll(wait=True)`.
+    """
+
+    def __init__(self, root: Path, config: CheckpointConfig) -> None:
+        self.root, self.config = root, config
+        self.pending: int | None = None
+        """The step whose outcome `poll` has not told yet."""
+        self._thread: threading.Thread | None = None
+        self._outcome: Commit | Exception | None = None
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        about: Mapping[str, Any],
+        *,
+        background: bool = False,
+        since: float | None = None,
+    ) -> None:
+        """Save a step, or start to; `poll` tells how it went. The save before it must have been told.
+
+        Args:
+            tensors, state, about: as for `save_step`; they may change as soon as this returns.
+            background: write in a thread of its own.
+            since: `time.monotonic()` when the caller began to wait.
+        """
+        assert self.pending is None, "poll(wait=True) comes first"
+        begin = time.monotonic() if since is None else since
+        self.pending = step
+        if not background:
+            self._write(step, tensors, state, about, begin, None)
+            return
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        work = (step, copied, copy.deepcopy(dict(state)), dict(about), begin, time.monotonic() - begin)
+        self._thread = threading.Thread(target=self._write, args=work, name=f"save-{step}", daemon=True)
+        self._thread.start()
+
+    def _write(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        about: Mapping[str, Any],
+        begin: float,
+        waited: float | None,
+    ) -> None:
+        """Commit, then tidy up, and keep the outcome for `poll`."""
+        trouble: EnvironmentFault | None = None
+        try:
+            path = save_step(self.root, step, tensors, state, about)
+            try:
+                retain(self.root, self.config, step)
+            except EnvironmentFault as error:
+                trouble = error
+            seconds = time.monotonic() - begin
+            self._outcome = Commit(path, step, seconds, seconds if waited is None else waited, trouble)
+        except Exception as error:  # whatever it is, it is raised where the caller asks
+            self._outcome = error
+
+    def poll(self, *, wait: bool = False) -> Commit | None:
+        """Return the commit that `save` led to, once; None if there is none to tell yet.
+
+        Args:
+            wait: until the save in flight has ended.
+        Raises:
+            EnvironmentFault: the step could not be saved. Any other exception of the writer too.
+        """
+        if self._thread is not None:
+            if wait:
+                self._thread.join()
+            if self._thread.is_alive():
+                return None
+        step, outcome = self.pending, self._outcome
+        self.pending = self._thread = self._outcome = None
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is None and step is not None:
+            raise EnvironmentFault(f"step {step} was not saved: its writer ended without a result")
+        return outcome

@@ -1,0 +1,124 @@
+"""A save in the background is the save in the foreground: same files, nothing earlier, no error unheard."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalodon.checkpoint import saver as module
+from megalodon.checkpoint.saver import Saver
+from megalodon.checkpoint.store import CheckpointConfig, load_tensors, newest_good_step, save_step, steps_in
+from megalodon.errors import EnvironmentFault
+
+
+class Gate:
+    """Holds the writer before its commit until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, *arguments: Any) -> Path:
+        self.reached.set()
+        assert self.opened.wait(60)
+        return save_step(*arguments)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    found = Gate()
+    monkeypatch.setattr(module, "save_step", found)
+    yield found
+    found.opened.set()
+
+
+def tensors(value: float) -> dict[str, Tensor]:
+    return {"model.a": torch.full((5, 7), value), "optim.step.a": torch.tensor(value)}
+
+
+def test_in_the_background_the_values_of_the_call_are_saved_and_nothing_points_at_them_before(
+    tmp_path: Path, gate: Gate
+) -> None:
+    config = CheckpointConfig(keep_last=2, keep_best=0)
+    for step in (1, 2):
+        save_step(tmp_path, step, tensors(step), {}, {"valid_loss": 9.0 - step})
+    saver = Saver(tmp_path, config)
+    live, state = tensors(3.0), {"step": 3, "guard": [1.0]}
+    saver.save(3, live, state, {"valid_loss": 1.0}, background=True)
+    live["model.a"].fill_(99)
+    state["guard"] = [2.0]
+    assert gate.reached.wait(60)
+    assert saver.poll() is None and saver.pending == 3
+    assert steps_in(tmp_path) == [2, 1] and not (tmp_path / "best").exists()
+    gate.opened.set()
+    commit = saver.poll(wait=True)
+    assert commit is not None and (commit.step, commit.trouble) == (3, None) and commit.waited <= commit.seconds
+    assert steps_in(tmp_path) == [3, 2] and json.loads((tmp_path / "best").read_text())["step"] == 3
+    saved, _ = newest_good_step(tmp_path)
+    assert saved is not None and saved.state == {"step": 3, "guard": [1.0]}
+    load_tensors(saved, live)
+    assert all(torch.equal(live[name], tensor) for name, tensor in tensors(3.0).items())
+    assert saver.poll(wait=True) is None and saver.pending is None
+
+
+def test_both_ways_write_the_same_bytes(tmp_path: Path) -> None:
+    for name, background in (("front", False), ("back", True)):
+        saver = Saver(tmp_path / name, CheckpointConfig())
+        saver.save(1, tensors(1.0), {"step": 1}, {"valid_loss": None}, background=background)
+        assert saver.poll(wait=True) is not None
+    files = {p.relative_to(tmp_path / "front") for p in (tmp_path / "front").rglob("*") if p.is_file()}
+    assert len(files) == 3
+    assert all((tmp_path / "front" / name).read_bytes() == (tmp_path / "back" / name).read_bytes() for name in files)
+
+
+def fails(error: BaseException) -> Callable[..., Path]:
+    def write(*_: object) -> Path:
+        raise error
+
+    return write
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("error", [EnvironmentFault("disk full"), RuntimeError("a bug")])
+def test_an_error_of_the_writer_is_raised_by_the_next_look_and_the_next_save_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool, error: Exception
+) -> None:
+    saver = Saver(tmp_path, CheckpointConfig())
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_step", fails(error))
+        saver.save(1, tensors(1.0), {}, {}, background=background)
+        with pytest.raises(type(error), match=str(error)):
+            saver.poll(wait=True)
+    assert saver.poll() is None and steps_in(tmp_path) == []
+    saver.save(2, tensors(2.0), {}, {}, background=background)
+    assert saver.poll(wait=True) is not None and steps_in(tmp_path) == [2]
+
+
+def test_a_writer_that_dies_without_a_word_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "save_step", fails(SystemExit()))
+    saver = Saver(tmp_path, CheckpointConfig())
+    saver.save(7, tensors(7.0), {}, {}, background=True)
+    with pytest.raises(EnvironmentFault, match="step 7 was not saved: its writer ended without a result"):
+        saver.poll(wait=True)
+
+
+def test_trouble_with_older_checkpoints_does_not_hide_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "retain", fails(EnvironmentFault("older ones could not be removed")))
+    saver = Saver(tmp_path, CheckpointConfig())
+    saver.save(1, tensors(1.0), {}, {}, background=True)
+    commit = saver.poll(wait=True)
+    assert commit is not None and str(commit.trouble) == "older ones could not be removed"
+    assert steps_in(tmp_path) == [1]
+
+
+def test_at_most_one_save_is_in_flight(tmp_path: Path, gate: Gate) -> None:
+    saver = Saver(tmp_path, CheckpointConfig())
+    saver.save(1, tensors(1.0), {}, {}, background=True)
+    with pytest.raises(AssertionError, match="comes first"):
+        saver.save(2, tensors(2.0), {}, {}, background=True)
