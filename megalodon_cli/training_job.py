@@ -53,12 +53,14 @@ def prepare(
     from megalodon.data.prepare import prepare_store
     from megalodon.training.plan import make_plan
     from megalodon.training.run import check_directory, frozen_values, open_record
+    from megalodon.training.sinks import require
 
     config = resolved.pretraining()
     resolved.require_complete()
     parts = (config.train, config.optim, config.checkpoint, config.log, config.parallel)
     with _unsupported(resolved):
         make_plan(*parts, seq_len=config.data.seq_len, windows=1, device=device)
+    require(config.log.to)
     directory = out_dir or Path("runs") / config.name
     check_directory(directory, fresh=resume == "never")
     frozen = frozen_values(config.model_dump(mode="json", by_alias=True))

@@ -183,7 +183,6 @@ def _refuse_unsupported(
         ("train.guard.max_rollbacks", config.guard.max_rollbacks, (0,)),
         ("optim.ema", optim.ema, (None,)),
         ("optim.z_loss", optim.z_loss, (0.0,)),
-        ("log.to", log.to, ((),)),
         ("log.health_every", log.health_every, (None,)),
         ("parallel.dp_replicate", parallel.dp_replicate, (1,)),
         ("parallel.dp_shard", parallel.dp_shard, ("all", 1)),

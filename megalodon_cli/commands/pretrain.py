@@ -4,6 +4,7 @@ Not here: the step and its loop (megalodon/training/loop.py), scores (megalodon/
 """
 
 import signal
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -156,6 +157,7 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
     from megalodon.training.host_memory import keep_freed_memory
     from megalodon.training.loop import Run, train
     from megalodon.training.run import drop_unbegun
+    from megalodon.training.sinks import Sinks
 
     config, plan, tokenizer = job.config, job.plan, job.prepared.tokenizer
     if plan.device.type == "cpu":
@@ -166,20 +168,26 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
     peak = _peak(plan)
     header(job, peak)
     job.directory.mkdir(parents=True, exist_ok=True)
-    with RunLock(job.directory, force=force_unlock) as lock, console.Progress() as live:
+    with RunLock(job.directory, force=force_unlock) as lock, console.Progress() as live, ExitStack() as places:
         if lock.taken_over:
             console.note(f"{job.directory} was left by {lock.taken_over}, which is gone; taking over")
         clean_leftovers(job.directory)
         record = training_job.record_of(job)
         screen = Screen(live, plan.horizon, config.log.every, record)
+        sinks = places.enter_context(closing(Sinks(config.log.to, job.directory, screen)))
+
+        def begin() -> None:
+            training_job.begin(job, record, unigram)
+            sinks.open(job.frozen, offline=console.settings().offline)
+
         run = Run(
             directory=job.directory,
             num_classes=tokenizer.vocab_size,
             bytes_table=bytes_table,
             about={"frozen": dict(job.frozen), "tokenizer": tokenizer.sha256, "horizon": plan.horizon},
             tasks=training_job.tasks(job, bytes_table, lambda: signals.number is not None),
-            begin=lambda: training_job.begin(job, record, unigram),
-            report=screen,
+            begin=begin,
+            report=sinks,
             beat=lock.beat,
             stop=signals.reason,
             stop_at_step=stop_at_step,

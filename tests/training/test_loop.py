@@ -331,7 +331,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "train.guard.max_rollbacks 3 ": {"train": {"guard": {"max_rollbacks": 3}}},
     "optim.ema 0.9 ": {"optim": {"ema": 0.9}},
     "optim.z_loss 0.1 ": {"optim": {"z_loss": 0.1}},
-    "log.to [wandb] ": {"log": {"to": ("wandb",)}},
     "log.health_every 5 ": {"log": {"health_every": 5}},
     "parallel.dp_replicate 2 ": {"parallel": {"dp_replicate": 2}},
     "parallel.dp_shard 4 ": {"parallel": {"dp_shard": 4}},
