@@ -1,15 +1,19 @@
 """Token stores and training runs of a few hundred tokens, for tests of training, checkpoints and evaluation."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from factories import tiny_config
+from safetensors.torch import load_file
 
 from megalodon.checkpoint.store import CheckpointConfig
 from megalodon.data.loader import Loader
 from megalodon.data.shards import Store, TokenDocument, write_store
-from megalodon.training.loop import Result, Run, Task, train
+from megalodon.model.megalodon import Megalodon
+from megalodon.training.loop import Result, Row, Run, Task, train
 from megalodon.training.metrics import LogConfig
 from megalodon.training.optim import OptimConfig
 from megalodon.training.plan import ParallelConfig, Plan, TrainConfig, make_plan
@@ -72,3 +76,40 @@ def tiny_run(
     loader = Loader(store, SEQ_LEN, "doc", plan.config.seed)
     run = Run(directory, NUM_CLASSES, BYTES_TABLE, tasks=tasks, **how)
     return train(tiny_config(**(model or {})), loader, plan, run)
+
+
+TIMES = {"tok_per_s", "seconds", "data_seconds", "peak_share", "memory"}
+"""Keys of a row that differ between two equal runs."""
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what no two runs share."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def saved_tensors(directory: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint of a run."""
+    files = sorted((directory / "checkpoints" / f"step-{step:08d}" / "tensors").iterdir())
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def score(every: int | None = 2) -> Task:
+    """An evaluation that depends on every parameter."""
+
+    def call(model: Megalodon) -> list[Row]:
+        assert not model.training
+        return [{"kind": "eval", "valid_loss": sum(float(p.detach().double().abs().sum()) for p in model.parameters())}]
+
+    return Task(call, every, at_start=True)
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Tensors and state of a step, and all metrics, are equal bit by bit."""
+    a, b = saved_tensors(one, step), saved_tensors(other, step)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert metrics(one) == metrics(other)
+    state = [json.loads((d / f"checkpoints/step-{step:08d}/state.json").read_text()) for d in (one, other)]
+    assert state[0] == state[1]

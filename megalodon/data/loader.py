@@ -35,6 +35,11 @@ class Batch(NamedTuple):
     starts: NDArray[np.bool_]
     """(B, L) where a document begins; all False with isolate `none`."""
 
+    def cut(self, length: int) -> "Batch":
+        """The same tokens in rows of `length`, which divides L: (B L / length, length)."""
+        tokens, targets, starts = self
+        return Batch(tokens.reshape(-1, length), targets.reshape(-1, length), starts.reshape(-1, length))
+
 
 class WindowLedger(NamedTuple):
     """Where the tokens and labels of one stream go in an epoch."""

@@ -1,4 +1,7 @@
-"""The verdict on a step before its update: accept, skip, or stop the run. Not here: what a skip does (loop.py)."""
+"""The verdict on a step before its update: accept it, skip it, roll the run back, or stop it.
+
+Not here: what a skip does (loop.py), where a rollback goes (rollback.py).
+"""
 
 import math
 import statistics
@@ -13,28 +16,30 @@ from megalodon.errors import NumericalError
 WINDOW = 128
 """Accepted steps whose loss and norm tell what is usual."""
 IN_A_ROW = 3
-"""Skipped steps in a row that stop the run."""
+"""Skipped steps in a row that roll the run back."""
 RECENT, RECENT_SHARE = 1000, 0.01
-"""More than this share of the recent steps skipped stops the run too."""
+"""More than this share of the recent steps skipped rolls it back too."""
 
 
 class GuardConfig(Config):
     """What happens to a step that looks wrong (the `train.guard:` section of a recipe)."""
 
     nonfinite: Literal["skip", "stop"] = "skip"
-    """A loss or gradient that is not finite: skip the update (three in a row stop the run) or stop at once."""
+    """A loss or gradient that is not finite: skip the update (three in a row roll the run back) or stop at once."""
     spike: Literal["log", "skip", "rollback"] = "log"
     """A loss or gradient norm far above the recent ones."""
-    max_rollbacks: int = Field(default=0, ge=0)
-    """Returns to an earlier checkpoint before the run gives up."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """Returns to a checkpoint from before the bad steps, whose samples are then left out, until the run gives up."""
 
 
 class Verdict(NamedTuple):
-    """What to do with a step; `event` is `skip` or `spike`, None for a usual step, `reason` says why."""
+    """What to do with a step; `event` is None for a usual step, `reason` says why it is none."""
 
     accept: bool
-    event: Literal["skip", "spike"] | None = None
+    event: Literal["skip", "spike", "rollback"] | None = None
     reason: str = ""
+    bad: tuple[int, ...] = ()
+    """With `rollback`: the steps that never should have been, in order."""
 
 
 class StepGuard:
@@ -42,14 +47,17 @@ class StepGuard:
 
     A value that is not finite skips the update. A spike is a value above median + 6 x 1.4826 x MAD of the last 128
     accepted steps (MAD, not the deviation: one spike in the window must not raise the bar), with a floor of 1 % of the
-    median under the MAD so that a flat loss triggers nothing; inactive until the window is full.
+    median under the MAD so that a flat loss triggers nothing; inactive until the window is full. Three skips in a row,
+    or more than 1 % of the last 1,000 steps, roll the run back to before the first of them.
 
     Args:
         nonfinite: skip the update, or stop the run at once.
-        spike:     log it, or skip the update.
+        spike:     log it, skip the update, or roll back to before it.
     """
 
-    def __init__(self, nonfinite: Literal["skip", "stop"] = "skip", spike: Literal["log", "skip"] = "log") -> None:
+    def __init__(
+        self, nonfinite: Literal["skip", "stop"] = "skip", spike: Literal["log", "skip", "rollback"] = "log"
+    ) -> None:
         self.nonfinite, self.spike = nonfinite, spike
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.norms: deque[float] = deque(maxlen=WINDOW)
@@ -57,12 +65,14 @@ class StepGuard:
         """Skipped steps among the recent ones."""
         self.row = 0
         """Steps skipped in a row."""
+        self.skips, self.spikes = 0, 0
+        """Steps skipped, and spikes seen, in the whole run."""
 
     def judge(self, step: int, loss: float, norm: float) -> Verdict:
         """Return the verdict on a step.
 
         Raises:
-            NumericalError: the run cannot go on: `nonfinite` is stop, or too many steps were skipped.
+            NumericalError: a value is not finite and `nonfinite` is stop.
         """
         if not (math.isfinite(loss) and math.isfinite(norm)):
             reason = f"loss {loss:g}, gradient norm {norm:g}: not finite"
@@ -70,6 +80,9 @@ class StepGuard:
                 raise NumericalError(f"step {step}: {reason}", "train.guard.nonfinite=skip skips such steps")
             return self._skip(step, reason)
         reason = _spike("loss", loss, self.losses) or _spike("gradient norm", norm, self.norms)
+        self.spikes += bool(reason)
+        if reason and self.spike == "rollback":
+            return Verdict(False, "rollback", reason, (step,))
         if reason and self.spike == "skip":
             return self._skip(step, reason)
         self.losses.append(loss)
@@ -79,13 +92,14 @@ class StepGuard:
 
     def _skip(self, step: int, reason: str) -> Verdict:
         self.row += 1
+        self.skips += 1
         self.skipped = [s for s in self.skipped if s > step - RECENT] + [step]
-        hint = "lower optim.lr, or lengthen optim.warmup; the same command continues from the newest checkpoint"
         if self.row >= IN_A_ROW:
-            raise NumericalError(f"step {step}: {reason}; {self.row} steps in a row were skipped", hint)
+            why = f"{reason}; {self.row} steps in a row were skipped"
+            return Verdict(False, "rollback", why, tuple(self.skipped[-self.row :]))
         if len(self.skipped) > RECENT * RECENT_SHARE:
-            count = f"{len(self.skipped)} of the last {RECENT} steps were skipped"
-            raise NumericalError(f"step {step}: {reason}; {count}", hint)
+            why = f"{reason}; {len(self.skipped)} of the last {RECENT} steps were skipped"
+            return Verdict(False, "rollback", why, tuple(self.skipped))
         return Verdict(False, "skip", reason)
 
     def state(self) -> dict[str, Any]:
@@ -95,12 +109,15 @@ class StepGuard:
             "norms": list(self.norms),
             "skipped": list(self.skipped),
             "row": self.row,
+            "skips": self.skips,
+            "spikes": self.spikes,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         self.losses, self.norms = deque(state["losses"], WINDOW), deque(state["norms"], WINDOW)
         self.skipped, self.row = list(state["skipped"]), int(state["row"])
+        self.skips, self.spikes = int(state["skips"]), int(state["spikes"])
 
 
 def _spike(name: str, value: float, window: deque[float]) -> str:

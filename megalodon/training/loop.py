@@ -3,8 +3,9 @@
     plan = make_plan(…)                                                                     # plan.py
     result = train(model_config, loader, plan, Run(directory, …, tasks=(Task(…),), report=…, stop=…))
 
-A step is a pure function of the parameters, the moments and its own number: the number gives the samples, the learning
-rate and the seed of dropout. What a checkpoint holds is therefore enough to continue bit by bit.
+A step is a pure function of the parameters, the moments and its own number: the number gives the samples (those that a
+rollback left out are jumped over), the learning rate, the length of windows and the seed of dropout. What a checkpoint
+and rollbacks.json hold is therefore enough to continue bit by bit.
 Not here: what a run will do (plan.py), data order (data/loader.py), the files of a checkpoint (checkpoint/store.py),
 anything that prints.
 """
@@ -35,13 +36,24 @@ from megalodon.checkpoint.store import (
 )
 from megalodon.data.loader import IGNORED, Batch, Loader
 from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError, OutOfMemory
-from megalodon.model.loss import cross_entropy
+from megalodon.model.loss import loss_sums
 from megalodon.model.megalodon import Megalodon, ModelConfig
-from megalodon.training.guard import StepGuard
+from megalodon.model.state import State
+from megalodon.training.guard import StepGuard, Verdict
+from megalodon.training.health import health_row
 from megalodon.training.metrics import MetricsLog, flops_per_token, peak_memory
-from megalodon.training.optim import build_optimizer, clip, gradient_norm, optimizer_tensors
+from megalodon.training.optim import AveragedWeights, build_optimizer, clip, gradient_norms, optimizer_tensors
 from megalodon.training.plan import Plan
-from megalodon.training.schedule import learning_rate
+from megalodon.training.rollback import (
+    Rollback,
+    abandoned_after,
+    as_rollbacks,
+    first_sample,
+    merged,
+    read_rollbacks,
+    write_rollbacks,
+)
+from megalodon.training.schedule import learning_rate, window_length
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -55,6 +67,8 @@ class Task(NamedTuple):
     """Returns rows for metrics.jsonl, or None if it was abandoned because a stop was asked for."""
     every: int | None = None
     at_start: bool = False
+    averaged: bool = False
+    """With optim.ema: called again with the averaged weights, whose scores join the rows as ema_valid_loss …"""
 
     def due(self, step: int, horizon: int) -> bool:
         """Whether the task runs after `step` steps."""
@@ -102,6 +116,19 @@ class Result(NamedTuple):
     saved: Path | None
     """The newest checkpoint; None if the run stopped before its first step."""
     model: Megalodon
+    """With optim.ema a finished run's has the averaged weights."""
+
+
+class _Pass(NamedTuple):
+    """What the passes of a step found, all micro-batches together."""
+
+    targets: int
+    loss: float
+    """Mean over the targets, in nats, without the penalty."""
+    z: float
+    """Mean of logsumexp²."""
+    state: State | None
+    """After the last micro-batch; None if no health row is due."""
 
 
 def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Result:
@@ -133,7 +160,9 @@ class Trainer:
         self.model = Megalodon(model_config, seed=plan.config.seed, backend=backend).to(plan.device)
         self.optimizer = build_optimizer(self.model, plan.optim)
         guard = plan.config.guard
-        self.guard = StepGuard(guard.nonfinite, "skip" if guard.spike == "skip" else "log")
+        self.guard = StepGuard(guard.nonfinite, guard.spike)
+        self.average = None if plan.optim.ema is None else AveragedWeights(self.model, plan.optim.ema)
+        self.rollbacks: list[Rollback] = []
         self.metrics = MetricsLog(run.directory / "metrics.jsonl")
         self.checkpoints = run.directory / "checkpoints"
         self.flops = flops_per_token(model_config, plan.seq_len)
@@ -152,92 +181,168 @@ class Trainer:
         self.saved: Path | None = None
         self.saved_step = 0
 
-    def train_step(self) -> Row:
-        """Take one optimizer step: batch, gradient, verdict, update; return its row of metrics."""
+    def train_step(self) -> list[Row]:
+        """Take one optimizer step: batch, gradient, verdict, update; return its rows of metrics.
+
+        No row: the step rolled the run back, which now stands before an earlier one.
+        """
         begin = time.monotonic()
         step, plan = self.step + 1, self.plan
-        first = self.consumed
+        first, jumped = first_sample(step, plan.rows, self._left_out())
         batch = self.loader.batch(first, plan.rows)
         loaded = time.monotonic()
         if self.dropout:
             torch.manual_seed(_step_seed(plan.config.seed, step))
-        total, loss = self._gradient(batch)
-        norm_tensor = gradient_norm(self.model) if total else torch.zeros(())
-        norm = float(norm_tensor)
-        rate = learning_rate(plan.optim, step, plan.horizon, plan.batch_tokens)
-        verdict = self.guard.judge(step, loss, norm) if total else None
+        length = window_length(plan.config.seq_len_warmup, step, plan.horizon, plan.batch_tokens, plan.seq_len)
+        look = plan.log.health_every is not None and step % plan.log.health_every == 0
+        found = self._gradient(batch.cut(length), look)
+        norm, norms = gradient_norms(self.model) if found.targets else (torch.zeros(()), {})
+        verdict = self.guard.judge(step, found.loss, float(norm)) if found.targets else None
+        if verdict and verdict.event == "rollback":
+            self._roll_back(step, first, verdict)
+            return []
         if verdict and verdict.event:
             self._event(step, verdict.event, verdict.reason, first)
-        elif not total:
+        elif not found.targets:
             self._event(step, "empty", "no target in the whole step; nothing was updated", first)
+        rate = learning_rate(plan.optim, step, plan.horizon, plan.batch_tokens)
         if verdict and verdict.accept:
-            if plan.optim.grad_clip is not None:
-                clip(self.model, norm_tensor, plan.optim.grad_clip)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.updates += 1
+            self._update(norm, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.consumed = step, first + plan.rows
-        self.tokens, self.targets = self.tokens + plan.batch_tokens, self.targets + total
-        seconds = time.monotonic() - begin
-        speed = plan.batch_tokens / seconds
-        num_bytes = int(self.run.bytes_table[batch.targets[batch.targets != IGNORED]].sum())
-        return {
-            "kind": "train",
-            "step": step,
-            "loss": loss if total else None,
-            "bits_per_byte": loss * total / math.log(2) / num_bytes if num_bytes else None,
-            "lr": rate,
-            "grad_norm": norm if total else None,
-            "tokens": self.tokens,
-            "tok_per_s": round(speed, 1),
-            "seconds": round(seconds, 4),
-            "data_seconds": round(loaded - begin, 4),
-            "peak_share": round(speed * self.flops / self.run.peak_flops, 4) if self.run.peak_flops else None,
-            "memory": peak_memory(plan.device),
-        }
+        self.step, self.consumed, self.skipped_ranges = step, first + plan.rows, jumped
+        self.tokens, self.targets = self.tokens + plan.batch_tokens, self.targets + found.targets
+        row = self._numbers(batch, found, norms, float(norm)) | {"lr": rate, "seq_len": length}
+        row |= self._times(begin, loaded)
+        return [row, {"step": step, **health_row(self.model, found.state)}] if look else [row]
 
-    def _gradient(self, batch: Batch) -> tuple[int, float]:
+    def _gradient(self, batch: Batch, keep_state: bool = False) -> _Pass:
         """Leave the gradient of the mean loss over all targets of the step in the parameters.
 
         Losses are summed over micro-batches and divided by the targets of the whole step, so that the cut into
-        micro-batches changes rounding only.
-
-        Returns: the number of targets, and the mean loss.
+        micro-batches changes rounding only. Windows that were cut shorter come with as many more rows.
         """
         plan, model = self.plan, self.model
         total = int((batch.targets != IGNORED).sum())
         if total == 0:
-            return 0, 0.0
+            return _Pass(0, 0.0, 0.0, None)
         model.train()
-        summed = torch.zeros((), device=plan.device)
-        for first in range(0, plan.rows, plan.micro_rows):
-            tokens, targets, starts = (torch.from_numpy(x[first : first + plan.micro_rows]) for x in batch)
+        loss, squares = torch.zeros((), device=plan.device), torch.zeros((), device=plan.device)
+        state: State | None = None
+        rows = plan.micro_rows * (plan.seq_len // batch.tokens.shape[1])
+        for first in range(0, len(batch.tokens), rows):
+            tokens, targets, starts = (torch.from_numpy(x[first : first + rows]) for x in batch)
             begins = starts.to(plan.device) if bool(starts.any()) else None
             with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
-                hidden, _ = model.hidden(tokens.to(plan.device), starts=begins)
-                loss, _ = cross_entropy(
+                hidden, after = model.hidden(tokens.to(plan.device), starts=begins)
+                sums = loss_sums(
                     hidden,
                     model.output_weight,
                     targets.to(plan.device),
                     plan.config.loss_chunk,
                     num_classes=self.run.num_classes,
+                    z_loss=plan.optim.z_loss,
                 )
-            (loss / total).backward()
-            summed += loss.detach()
-        return total, float(summed) / total
+            (sums.objective / total).backward()
+            loss, squares = loss + sums.loss, squares + sums.squares
+            state = after.detach() if keep_state else None
+        return _Pass(total, float(loss) / total, float(squares) / total, state)
 
-    def _event(self, step: int, event: str, reason: str, first_sample: int) -> None:
-        """Log an unusual step with the samples it read and, if values are not finite, where."""
-        row: Row = {"kind": "event", "step": step, "event": event, "reason": reason}
-        row["samples"] = [first_sample, self.plan.rows]
-        broken = {
-            name: int((~p.grad.isfinite()).sum())
-            for name, p in self.model.named_parameters()
-            if p.grad is not None and not bool(p.grad.isfinite().all())
+    def _update(self, norm: Tensor, rate: float) -> None:
+        """Clip the gradient, whose norm is given, and let the optimizer and the average take it in."""
+        if self.plan.optim.grad_clip is not None:
+            clip(self.model, norm, self.plan.optim.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.updates += 1
+        if self.average:
+            self.average.update(self.updates)
+
+    def _numbers(self, batch: Batch, found: _Pass, norms: Mapping[str, float], norm: float) -> Row:
+        """What a row of kind `train` says of the step just taken, which has no loss and norm if it had no target."""
+        scored, limit = found.targets > 0, self.plan.optim.grad_clip
+        num_bytes = int(self.run.bytes_table[batch.targets[batch.targets != IGNORED]].sum())
+        return {
+            "kind": "train",
+            "step": self.step,
+            "loss": found.loss if scored else None,
+            "z": found.z if scored else None,
+            "bits_per_byte": found.loss * found.targets / math.log(2) / num_bytes if num_bytes else None,
+            "grad_norm": norm if scored else None,
+            "norms": dict(norms),
+            "clip": min(1.0, limit / (norm + 1e-6)) if scored and limit is not None else 1.0,
+            "tokens": self.tokens,
+            "skips": self.guard.skips,
+            "spikes": self.guard.spikes,
+            "rollbacks": len(self.rollbacks),
         }
+
+    def _times(self, begin: float, loaded: float) -> Row:
+        """What a row says of the machine, given when the step began and when its batch was there."""
+        seconds = time.monotonic() - begin
+        speed, peak = self.plan.batch_tokens / seconds, self.run.peak_flops
+        return {
+            "tok_per_s": round(speed, 1),
+            "seconds": round(seconds, 4),
+            "data_seconds": round(loaded - begin, 4),
+            "peak_share": round(speed * self.flops / peak, 4) if peak else None,
+            "memory": peak_memory(self.plan.device),
+        }
+
+    def _nonfinite(self) -> dict[str, int]:
+        """Parameter -> how many values of its gradient are not finite, where there are any."""
+        counts = {
+            name: int((~p.grad.isfinite()).sum()) for name, p in self.model.named_parameters() if p.grad is not None
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def _event(self, step: int, event: str, reason: str, first: int) -> None:
+        """Log an unusual step with the samples it read (first, number) and, if values are not finite, where."""
+        row: Row = {"kind": "event", "step": step, "event": event, "reason": reason, "samples": [first, self.plan.rows]}
+        broken = self._nonfinite()
         self._write(row | ({"nonfinite": broken} if broken else {}))
+
+    def _left_out(self) -> list[list[int]]:
+        """Samples [start, stop) that no step may read, of all rollbacks."""
+        return [ends for rollback in self.rollbacks for ends in rollback.samples]
+
+    def _roll_back(self, step: int, first: int, verdict: Verdict) -> None:
+        """Stand where the newest checkpoint from before the bad steps was saved, and leave their samples out.
+
+        Raises: NumericalError if the rollbacks are used up or no checkpoint is older; the message tells them all.
+        """
+        limit, rows = self.plan.config.guard.max_rollbacks, self.plan.rows
+        self._settle(wait=True)
+        saved, why = None, f"train.guard.max_rollbacks {limit} does not allow another rollback"
+        if len(self.rollbacks) < limit:
+            why = f"no checkpoint from before step {verdict.bad[0]} to go back to"
+            try:
+                saved, faults = newest_good_step(self.checkpoints, self.plan.checkpoint.verify, before=verdict.bad[0])
+                why = "; ".join([why, *faults])
+            except CheckpointError as error:
+                why = f"{why}: {error}"
+        if saved is None:
+            self._event(step, "stop", f"{verdict.reason}; {why}", first)
+            before = "".join(f"; step {r.at} went back to {r.to}: {r.reason}" for r in self.rollbacks)
+            hint = "lower optim.lr, or lengthen optim.warmup; the same command continues from the newest checkpoint"
+            raise NumericalError(f"step {step}: {verdict.reason}; {why}{before}", hint)
+        samples = merged((first_sample(bad, rows, self._left_out())[0] for bad in verdict.bad), rows)
+        rollback = Rollback(step, saved.step, samples, verdict.reason, self._nonfinite())
+        write_rollbacks(self.run.directory, [*self.rollbacks, rollback])
+        self.rollbacks.append(rollback)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._restore(saved)
+        self._cut_back()
+
+    def _cut_back(self) -> None:
+        """Drop checkpoints and rows from after the step that was restored; see that every rollback has its row."""
+        for step in steps_in(self.checkpoints):
+            if step > self.step:  # they did not verify or were rolled back, and would push good ones out
+                set_aside(step_path(self.checkpoints, step))
+        self.metrics.open_at(self.step, self.observed == self.step)
+        logged = sum(row["kind"] == "event" and row["event"] == "rollback" for row in self.metrics.rows())
+        for rollback in self.rollbacks[logged:]:
+            self._write({"kind": "event", "step": self.step, "event": "rollback", **rollback.row()})
 
     def run_to_the_end(self) -> Result:
         """Alternate steps with what is due between them, until the horizon or a reason to stop."""
@@ -256,13 +361,16 @@ class Trainer:
                 return self._result("milestone", f"step {self.run.stop_at_step:,} was asked for")
             if self._save_due():
                 self._save(background=self.plan.checkpoint.background)
-            self._write(self.train_step())
+            for row in self.train_step():
+                self._write(row)
 
     def _result(self, status: Literal["finished", "milestone", "stopped"], reason: str) -> Result:
         seconds = time.monotonic() - self.began
         if status != "finished" and self.step != self.saved_step:
             lost = f"step {self.step:,} could not be saved, the newest checkpoint is of step {self.saved_step:,}"
             raise EnvironmentFault(f"stopping ({reason}): {lost}; the same command continues from there")
+        if self.average and status == "finished":
+            self.average.swap()
         return Result(status, self.step, self.tokens, seconds, reason, self.saved, self.model)
 
     def _stop_reason(self) -> str | None:
@@ -282,7 +390,7 @@ class Trainer:
         self.model.eval()
         for task in due:
             try:
-                rows = task.call(self.model)
+                rows = self._ask(task)
             except Exception as error:  # whatever it is, the steps since the last save must not be lost with it
                 if not isinstance(error, NumericalError):
                     self._save()
@@ -296,6 +404,21 @@ class Trainer:
         self.valid_loss = next((row["valid_loss"] for row in found if row["kind"] == "eval"), None)
         return True
 
+    def _ask(self, task: Task) -> list[Row] | None:
+        """Call a task; its rows, with the scores of the averaged weights where it asks for them."""
+        rows = task.call(self.model)
+        if rows is None or not (task.averaged and self.average):
+            return rows
+        with self.average.swapped_in():
+            again = task.call(self.model)
+        scores = ("valid_loss", "bits_per_byte")
+        if again is None:
+            return None
+        return [
+            row | {f"ema_{key}": other[key] for key in scores if key in other}
+            for row, other in zip(rows, again, strict=True)
+        ]
+
     def _write(self, row: Row) -> None:
         self.metrics.write(row)
         self.run.report(row)
@@ -305,7 +428,8 @@ class Trainer:
         kept = self.model.state_dict(keep_vars=True).keys()
         tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
         tensors |= {f"model.{name}": b for name, b in self.model.named_buffers() if name in kept}
-        return tensors | optimizer_tensors(self.optimizer)
+        averages = self.average.tensors() if self.average else {}
+        return tensors | averages | optimizer_tensors(self.optimizer)
 
     def _save_due(self) -> bool:
         """Whether to save between these two steps; also tells of a save in the background that has ended."""
@@ -337,6 +461,7 @@ class Trainer:
             "targets": self.targets,
             "observed": self.observed,
             "guard": self.guard.state(),
+            "rollbacks": [rollback.row() for rollback in self.rollbacks],
             "data": self.loader.state(self.consumed, self.skipped_ranges),
             "seed": self.plan.config.seed,
             "schedule": {"name": self.plan.optim.schedule, "horizon": self.plan.horizon},
@@ -386,16 +511,16 @@ class Trainer:
         """Continue from the newest checkpoint that verifies, or start at step 0; what came after it is set aside."""
         if self.checkpoints.is_dir():
             clean_leftovers(self.checkpoints)
-        saved, faults = newest_good_step(self.checkpoints, self.plan.checkpoint.verify)
+        self.rollbacks = read_rollbacks(self.run.directory)
+        abandoned = abandoned_after(self.checkpoints, self.rollbacks)
+        before = None if abandoned is None else abandoned + 1
+        saved, faults = newest_good_step(self.checkpoints, self.plan.checkpoint.verify, before=before)
         for fault in faults:
             self.run.report({"kind": "warning", "text": f"{fault}; trying the checkpoint before it"})
         if saved is not None:
             self._restore(saved)
         self.run.begin()
-        for step in steps_in(self.checkpoints):
-            if step > self.step:  # they did not verify, and would push good ones out of what is kept
-                set_aside(step_path(self.checkpoints, step))
-        self.metrics.open_at(self.step, self.observed == self.step)
+        self._cut_back()
         if saved is not None:
             text = f"resuming at step {self.step:,} ({self.tokens:,} tokens seen)"
             self.run.report({"kind": "note", "event": "resumed", "step": self.step, "text": text})
@@ -409,6 +534,8 @@ class Trainer:
                 raise CheckpointError(f"{saved.path}: the optimizer's parameter groups are others; check optim.decay")
             load_tensors(saved, self._live_tensors())
             self.guard.restore(state["guard"])
+            known = as_rollbacks(state["rollbacks"], saved.path / "state.json")
+            self.rollbacks = known if len(known) > len(self.rollbacks) else self.rollbacks
             self.step, self.updates = int(state["step"]), int(state["updates"])
             self.tokens, self.targets = int(state["tokens"]), int(state["targets"])
             self.observed, self.valid_loss = int(state["observed"]), saved.manifest.get("valid_loss")

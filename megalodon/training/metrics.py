@@ -28,18 +28,22 @@ class LogConfig(Config):
     to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Further places beside metrics.jsonl."""
     health_every: int | None = Field(default=None, ge=1)
-    """Steps between two looks at the memory of each layer's CEMA; null = never."""
+    """Steps between two looks at the state of each layer: memory of CEMA, variances, scales; null = never."""
 
 
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, in the order of training.
 
-        {"kind": "train", "step": 7, "loss": …, "bits_per_byte": …, "lr": …, "grad_norm": …, "tokens": …, times…}
+        {"kind": "train", "step": 7, "loss": …, "z": …, "bits_per_byte": …, "lr": …, "tokens": …, "grad_norm": …,
+         "norms": {"embed": …, "cema": …, …}, "clip": …, "skips": …, "spikes": …, "rollbacks": …, times…}
+        {"kind": "health", "step": 10, "layers": [{"memory": {"median": …, "p99.9": …, "max": …}, …}, …], …}
         {"kind": "eval", "step": 10, "valid_loss": …, "bits_per_byte": …, "by_position": {"1": …, "2": …}}
         {"kind": "sample", "step": 10, "prompt": …, "text": …}
-        {"kind": "event", "step": 12, "event": "skip", "reason": …}
+        {"kind": "event", "step": 12, "event": "skip", "reason": …}     skip, spike, empty or rollback
 
-    Losses are nats a token. A value that is not finite is null.
+    Losses are nats a token, without the penalty of optim.z_loss; z is the mean of logsumexp² it acts on. Norms are of
+    the gradient before clipping, clip is the factor it was then multiplied with (1 = not clipped). skips, spikes and
+    rollbacks count from the start of the run. A value that is not finite is null.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,6 +57,7 @@ class MetricsLog:
             step:     of the checkpoint; 0 forgets everything.
             observed: whether evaluation and samples of that very step were done before it was saved.
         """
+        self.close()
         kept = [row for row in self.rows() if _belongs(row, step, observed)] if step else []
         aside = self.path.with_name(f".tmp-{self.path.name}")
         with aside.open("w", encoding="utf-8") as file:
@@ -92,13 +97,15 @@ class MetricsLog:
 
 
 def _belongs(row: Mapping[str, Any], step: int, observed: bool) -> bool:
-    own = row["kind"] in ("train", "event") or observed
+    own = row["kind"] in ("train", "event", "health") or observed
     return bool(row["step"] < step or (row["step"] == step and own))
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,8 +1,10 @@
-"""The optimizer of a run: AdamW as in the paper, its parameter groups, and clipping of the gradient.
+"""The optimizer of a run: AdamW as in the paper, its parameter groups, clipping, and averaged weights.
 
 Not here: the learning rate of a step (schedule.py), the verdict on a gradient (guard.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -36,9 +38,9 @@ class OptimConfig(Config):
     final_lr: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end of the horizon, as a part of the peak."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of averaged weights; null = none."""
+    """Decay of averaged weights, such as 0.999, evaluated beside the others and exported instead; null = none."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the penalty on log² of the softmax normaliser."""
+    """Weight of the penalty on log² of the softmax normaliser; the logged loss is without it."""
 
     @field_validator("betas")
     @classmethod
@@ -89,11 +91,67 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.dim() == 2 and name.endswith("weight")
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the norm of the whole gradient, float32, on the device of the parameters."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+def group_of(name: str) -> str:
+    """Return the group in which the norm of a parameter's gradient is logged: embed, cema, norm, attn, ffn or head."""
+    owner = name.split(".")[-2]
+    if owner in ("timenorm", "rmsnorm", "norm", "final_norm"):
+        return "norm"
+    special = {"embed": "embed", "cema": "cema", "output": "head"}
+    return special.get(owner) or ("ffn" if ".nffn." in name else "attn")
+
+
+def gradient_norms(model: nn.Module) -> tuple[Tensor, dict[str, float]]:
+    """Return the norm of the whole gradient, () float32 on the device of the parameters, and that of each group."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            groups.setdefault(group_of(name), []).append(parameter.grad)
+    norms = torch.stack([torch.nn.utils.get_total_norm(grads) for grads in groups.values()])
+    return torch.linalg.vector_norm(norms), dict(zip(groups, norms.tolist(), strict=True))
 
 
 def clip(model: nn.Module, norm: Tensor, limit: float) -> None:
     """Scale the gradient in place so that its norm, given, is at most `limit`."""
     torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), limit, norm)
+
+
+class AveragedWeights:
+    """A moving average of the parameters in float32, in which the initial weights have no part.
+
+        a_1 = w_1,   a_n = d_n a_(n-1) + (1 - d_n) w_n,   d_n = min(decay, 1 - 1/n)
+
+    That is the plain mean of the first 1/(1 - decay) updates and an exponential average from there on.
+
+    Args:
+        model: whose parameters are averaged; frozen ones are not.
+        decay: from 0 to below 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.mean = {name: p.detach().to(torch.float32, copy=True) for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, count: int) -> None:
+        """Take in the parameters after their `count`-th update, from 1."""
+        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), max(1 - self.decay, 1 / count))
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange parameters and averages; a second call brings them back bit by bit."""
+        for name, parameter in self.live.items():
+            parameter.data, self.mean[name] = self.mean[name], parameter.data
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Let the model have the averaged weights while the context lasts."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the live averages by parameter name, as they stand in a checkpoint: ema.*."""
+        return {f"ema.{name}": mean for name, mean in self.mean.items()}

@@ -12,24 +12,15 @@ import torch
 from pydantic import Field
 
 from megalodon.checkpoint.store import CheckpointConfig
-from megalodon.config import Amount, Config, Count, InvalidRecipe, Place, Problem, show
+from megalodon.config import Config, Count, InvalidRecipe, Place, Problem, show
 from megalodon.errors import EnvironmentFault, InputError, RecipeError
 from megalodon.training.guard import GuardConfig
 from megalodon.training.metrics import LogConfig
 from megalodon.training.optim import OptimConfig
-from megalodon.training.schedule import horizon_steps
+from megalodon.training.schedule import SeqLenWarmupConfig, check_warmup, horizon_steps
 
 MICRO_TOKENS = {"cpu": 8_192, "cuda": 16_384}
 """Tokens of a forward pass with `micro_batch: auto`."""
-
-
-class SeqLenWarmupConfig(Config):
-    """Shorter windows at first (the `train.seq_len_warmup:` section of a recipe)."""
-
-    start: Count = Field(ge=1)
-    """Tokens of the first windows."""
-    over: Amount
-    """How long the windows grow: part of the horizon, or `500 steps`."""
 
 
 class TrainConfig(Config):
@@ -54,7 +45,7 @@ class TrainConfig(Config):
     recompute: Literal["none", "attention", "block"] = "none"
     """Activations computed again in the backward pass instead of kept."""
     seq_len_warmup: SeqLenWarmupConfig | None = None
-    """Shorter windows at first; null = none."""
+    """Windows cut into shorter ones at first, such as {start: 512, over: 5%}; null = none."""
     loss_chunk: Count = Field(default=2048, ge=1)
     """Tokens per slice of the loss; the logits of a whole sequence never exist."""
     seed: int = Field(default=1, ge=0)
@@ -85,6 +76,7 @@ class Plan:
     config: TrainConfig
     optim: OptimConfig
     checkpoint: CheckpointConfig
+    log: LogConfig
     horizon: int
     """Optimizer steps."""
     seq_len: int
@@ -126,6 +118,8 @@ def make_plan(
     """
     place = _device(device)
     _refuse_unsupported(config, optim, checkpoint, log, parallel, place)
+    if config.seq_len_warmup:
+        check_warmup(config.seq_len_warmup, seq_len)
     rows, rest = divmod(config.batch_tokens, seq_len)
     if rest or not rows:
         nearest = " and ".join(f"{n * seq_len:,}" for n in (rows, rows + 1) if n)
@@ -146,7 +140,7 @@ def make_plan(
         epoch_tokens=windows * seq_len,
     )
     bf16 = config.precision == "bf16-mixed" or (config.precision == "auto" and place.type == "cuda")
-    return Plan(config, optim, checkpoint, horizon, seq_len, rows, micro, place, bf16)
+    return Plan(config, optim, checkpoint, log, horizon, seq_len, rows, micro, place, bf16)
 
 
 def _device(name: str) -> torch.device:
@@ -177,13 +171,7 @@ def _refuse_unsupported(
         ("train.backend", config.backend, ("auto", "portable", "reference")),
         ("train.compile", config.compile, ("auto", False)),
         ("train.recompute", config.recompute, ("none",)),
-        ("train.seq_len_warmup", config.seq_len_warmup and config.seq_len_warmup.model_dump(mode="json"), (None,)),
         ("train.deterministic", config.deterministic, (False, True) if device.type == "cpu" else (False,)),
-        ("train.guard.spike", config.guard.spike, ("log", "skip")),
-        ("train.guard.max_rollbacks", config.guard.max_rollbacks, (0,)),
-        ("optim.ema", optim.ema, (None,)),
-        ("optim.z_loss", optim.z_loss, (0.0,)),
-        ("log.health_every", log.health_every, (None,)),
         ("parallel.dp_replicate", parallel.dp_replicate, (1,)),
         ("parallel.dp_shard", parallel.dp_shard, ("all", 1)),
         ("parallel.cp", parallel.cp, (1,)),

@@ -24,7 +24,16 @@ from megalodon.config import show, suggest
 from megalodon.errors import CheckpointError, InputError
 
 FORMAT = "megalodon/run/1"
-FROZEN = ("model.", "tokenizer.", "data.", "optim.", "train.seed", "train.batch_tokens", "train.precision")
+FROZEN = (
+    "model.",
+    "tokenizer.",
+    "data.",
+    "optim.",
+    "train.seed",
+    "train.batch_tokens",
+    "train.precision",
+    "train.seq_len_warmup",
+)
 """Keys of a recipe that a run keeps for life; `data.dir` is a place, not a value."""
 
 

@@ -1,8 +1,24 @@
-"""The length of a run in steps, and the learning rate as a pure function of the step. Not here: the optimizer."""
+"""The length of a run in steps; the learning rate and the length of windows as pure functions of the step.
+
+Not here: the optimizer, the cutting of windows (loop.py).
+"""
 
 import math
 
+from pydantic import Field
+
+from megalodon.config import Amount, Config, Count
+from megalodon.errors import RecipeError
 from megalodon.training.optim import OptimConfig
+
+
+class SeqLenWarmupConfig(Config):
+    """Shorter windows at first (the `train.seq_len_warmup:` section of a recipe)."""
+
+    start: Count = Field(ge=1)
+    """Tokens of the first windows; data.seq_len is reached from it by doubling."""
+    over: Amount
+    """How long the windows grow: part of the horizon, `500 steps` or `1B tokens`."""
 
 
 def horizon_steps(
@@ -42,3 +58,33 @@ def learning_rate(config: OptimConfig, step: int, horizon: int, batch_tokens: in
         case "constant":
             return config.lr
     return config.lr * (config.final_lr + (1 - config.final_lr) * left)
+
+
+def check_warmup(config: SeqLenWarmupConfig, seq_len: int) -> None:
+    """Raises: RecipeError unless doubling leads from `start` to `seq_len` tokens; with the lengths that would fit."""
+    doubled, rest = divmod(seq_len, config.start)
+    if rest or doubled < 2 or doubled & (doubled - 1):
+        fits, half = [], seq_len
+        while half % 2 == 0:
+            half //= 2
+            fits.append(half)
+        shown = ", ".join(f"{n:,}" for n in reversed(fits)) or "none, as it is odd"
+        raise RecipeError(
+            f"train.seq_len_warmup.start {config.start:,} does not lead to data.seq_len {seq_len:,} by doubling; "
+            f"fits: {shown}"
+        )
+
+
+def window_length(config: SeqLenWarmupConfig | None, step: int, horizon: int, batch_tokens: int, seq_len: int) -> int:
+    """Return the tokens of the pieces into which windows of `seq_len` are cut in step 1, 2 …
+
+    The first `over` steps are divided evenly among start, 2 start, 4 start … seq_len / 2; from then on it is seq_len.
+    The tokens of a step, their order and every target stay as they are; memory ends at the cuts.
+    """
+    if config is None:
+        return seq_len
+    steps = config.over.steps(horizon, batch_tokens)
+    if step > steps:
+        return seq_len
+    lengths = (seq_len // config.start).bit_length() - 1
+    return config.start << (step - 1) * lengths // steps

@@ -5,7 +5,7 @@ import torch
 from factories import random_tokens, tiny_model
 from torch.nn.functional import cross_entropy as plain
 
-from megalodon.model.loss import IGNORE, cross_entropy, token_losses
+from megalodon.model.loss import IGNORE, cross_entropy, loss_sums, token_losses
 
 
 def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,3 +64,21 @@ def test_tied_matrix_gets_both_gradients() -> None:
     model.zero_grad()
     plain(model(tokens)[0].flatten(0, 1), tokens.flatten(), reduction="sum").backward()
     assert (actual - model.embed.weight.grad).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("num_classes", [None, 9])
+@pytest.mark.parametrize("block", [1, 7, 4096])
+def test_the_penalty_on_the_normaliser_is_that_of_autograd(block: int, num_classes: int | None) -> None:
+    hidden, weight, targets = example()
+    sums = loss_sums(hidden, weight, targets, block, num_classes=num_classes, z_loss=0.3)
+    scored = targets != IGNORE
+    logits = (hidden @ weight.T)[scored][:, :num_classes]
+    squares = logits.logsumexp(-1).square().sum()
+    expected = plain(logits, targets[scored], reduction="sum")
+    assert sums.loss.item() == pytest.approx(expected.item(), rel=1e-13)
+    assert sums.squares.item() == pytest.approx(squares.item(), rel=1e-13)
+    assert sums.objective.item() == pytest.approx((expected + 0.3 * squares).item(), rel=1e-13)
+    assert not (sums.loss.requires_grad or sums.squares.requires_grad)
+    actual = torch.autograd.grad(sums.objective, (hidden, weight))
+    for a, e in zip(actual, torch.autograd.grad(expected + 0.3 * squares, (hidden, weight)), strict=True):
+        assert (a - e).abs().max() < 1e-12

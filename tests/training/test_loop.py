@@ -11,8 +11,19 @@ import pytest
 import torch
 from factories import tiny_config
 from pydantic import ValidationError
-from safetensors.torch import load_file
-from stores import BYTES_TABLE, NUM_CLASSES, SEQ_LEN, SHARD, tiny_plan, tiny_run, tiny_store
+from stores import (
+    BYTES_TABLE,
+    NUM_CLASSES,
+    SEQ_LEN,
+    SHARD,
+    assert_same_run,
+    metrics,
+    saved_tensors,
+    score,
+    tiny_plan,
+    tiny_run,
+    tiny_store,
+)
 
 from megalodon.checkpoint.store import steps_in
 from megalodon.config import InvalidRecipe
@@ -23,43 +34,12 @@ from megalodon.model.megalodon import Megalodon
 from megalodon.training.loop import Result, Row, Run, Task, Trainer
 from megalodon.training.optim import OptimConfig, build_optimizer, optimizer_tensors
 from megalodon.training.plan import MICRO_TOKENS, ParallelConfig, TrainConfig
-
-TIMES = {"tok_per_s", "seconds", "data_seconds", "peak_share", "memory"}
+from megalodon.training.rollback import Rollback
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return tiny_store(tmp_path_factory.mktemp("data") / "store")
-
-
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def saved_tensors(directory: Path, step: int) -> dict[str, torch.Tensor]:
-    files = sorted((directory / "checkpoints" / f"step-{step:08d}" / "tensors").iterdir())
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def score(every: int | None = 2) -> Task:
-    """An evaluation that depends on every parameter."""
-
-    def call(model: Megalodon) -> list[Row]:
-        assert not model.training
-        return [{"kind": "eval", "valid_loss": sum(float(p.detach().double().abs().sum()) for p in model.parameters())}]
-
-    return Task(call, every, at_start=True)
-
-
-def assert_same_run(one: Path, other: Path, step: int) -> None:
-    a, b = saved_tensors(one, step), saved_tensors(other, step)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-    assert metrics(one) == metrics(other)
-    state = [json.loads((d / f"checkpoints/step-{step:08d}/state.json").read_text()) for d in (one, other)]
-    assert state[0] == state[1]
 
 
 def test_the_loss_falls_and_padding_is_never_predicted(store: Store, tmp_path: Path) -> None:
@@ -249,6 +229,7 @@ def test_a_step_that_is_not_finite_changes_no_parameter_and_three_stop_the_run(s
     assert [(row["step"], row["event"], row["samples"]) for row in skipped] == [
         (3, "skip", [8, 4]),
         (4, "skip", [12, 4]),
+        (5, "stop", [16, 4]),
     ]
     assert "layers.0.mega.wv.bias" in skipped[0]["nonfinite"]
     assert [row["loss"] for row in rows if row["kind"] == "train"][2:] == [None, None]
@@ -300,7 +281,7 @@ def test_a_jump_over_samples_survives_a_restart(store: Store, tmp_path: Path, mo
 
     with trainer() as first:
         first.train_step()
-        first.consumed, first.skipped_ranges = 12, [[4, 12]]
+        first.rollbacks.append(Rollback(4, 1, [[4, 12]], "a reason", {}))
         first.train_step()
         first._save()
     with trainer() as again:
@@ -326,12 +307,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "train.backend triton ": {"train": {"backend": "triton"}},
     "train.compile true ": {"train": {"compile": True}},
     "train.recompute block ": {"train": {"recompute": "block"}},
-    "train.seq_len_warmup {start: 8, over: 5%} ": {"train": {"seq_len_warmup": {"start": 8, "over": "5%"}}},
-    "train.guard.spike rollback ": {"train": {"guard": {"spike": "rollback"}}},
-    "train.guard.max_rollbacks 3 ": {"train": {"guard": {"max_rollbacks": 3}}},
-    "optim.ema 0.9 ": {"optim": {"ema": 0.9}},
-    "optim.z_loss 0.1 ": {"optim": {"z_loss": 0.1}},
-    "log.health_every 5 ": {"log": {"health_every": 5}},
     "parallel.dp_replicate 2 ": {"parallel": {"dp_replicate": 2}},
     "parallel.dp_shard 4 ": {"parallel": {"dp_shard": 4}},
     "parallel.cp 2 ": {"parallel": {"cp": 2}},
