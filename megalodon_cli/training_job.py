@@ -198,7 +198,7 @@ def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any
             found.append({"kind": "sample", "prompt": prompt, "text": text})
         return found
 
-    scores = Task(score, config.eval.every, config.eval.at_start)
+    scores = Task(score, config.eval.every, config.eval.at_start, averaged=True)
     return (scores, Task(write, samples.every)) if samples.prompts else (scores,)
 
 
@@ -224,6 +224,7 @@ def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | Non
     start = next((row for row in evaluations if row["step"] == 0), {})
     last = evaluations[-1] if evaluations else {}
     scores = {"valid_loss": last.get("valid_loss"), "bits_per_byte": last.get("bits_per_byte")}
+    scores |= {key: last[key] for key in ("ema_valid_loss", "ema_bits_per_byte") if key in last}
     scores |= {"bits_per_byte_at_start": start.get("bits_per_byte"), "unigram_bits_per_byte": unigram}
     exported = result.status == "finished" and job.config.checkpoint.export
     if exported:
@@ -239,6 +240,7 @@ def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | Non
             },
             "step": result.step,
             "tokens": result.tokens,
+            "weights": "last" if job.plan.optim.ema is None else f"averaged, optim.ema {job.plan.optim.ema:g}",
             "scores": scores,
         }
         save_model(result.model, job.directory / "model", tokenizer.save, meta)

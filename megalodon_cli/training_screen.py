@@ -29,9 +29,19 @@ class Screen:
             if row["step"] % self.every == 0 or row["step"] in (1, self.horizon):
                 self.live.update(self._line(row))
         elif kind == "eval":
-            self.live.line(f"eval at step {row['step']:,}: loss {row['valid_loss']:.4f}{_bits(row)}")
+            averaged = f"; averaged weights {row['ema_valid_loss']:.4f}" if "ema_valid_loss" in row else ""
+            self.live.line(f"eval at step {row['step']:,}: loss {row['valid_loss']:.4f}{_bits(row)}{averaged}")
+            if row.get("by_position"):
+                self.live.line(f"  loss by position: {_by_position(row)}")
+        elif kind == "health":
+            memory = " ".join(f"{layer['memory']['median']:.0f}" for layer in row["layers"])
+            self.live.line(f"health at step {row['step']:,}: memory of layers (tokens) {memory}")
         elif kind == "sample":
             self.live.line(f"sample at step {row['step']:,}: {row['prompt']}|{row['text']}")
+        elif kind == "event" and row["event"] == "rollback":
+            left_out = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in row["samples"])
+            back = f"step {row['from']:,}: rolled back to step {row['to']:,}"
+            self.live.line(f"{back}; samples {left_out} are left out from now on: {row['reason']}")
         elif kind == "event":
             self.live.line(f"step {row['step']:,}: {row['event']}: {row['reason']}")
         elif kind == "warning":
@@ -58,6 +68,10 @@ class Screen:
 
 def _bits(row: Mapping[str, Any]) -> str:
     return "" if row.get("bits_per_byte") is None else f", {row['bits_per_byte']:.3f} bits per byte"
+
+
+def _by_position(row: Mapping[str, Any]) -> str:
+    return "  ".join(f"{end}: {loss:.2f}" for end, loss in row["by_position"].items())
 
 
 def _time(seconds: float) -> str:
@@ -137,8 +151,7 @@ def ending(job: "Job", result: "Result", how: "Ending") -> None:
         compared = f"{1 - bits / unigram:.1%} below" if bits <= unigram else f"{bits / unigram - 1:.1%} above"
         console.result(f"  unigram model of the same tokens: {unigram:.3f} bits per byte; this model is {compared} it")
     if last.get("by_position"):
-        buckets = "  ".join(f"{end}: {loss:.2f}" for end, loss in last["by_position"].items())
-        console.result(f"  loss by position: {buckets}")
+        console.result(f"  loss by position: {_by_position(last)}")
     for row in rows:
         if row["kind"] == "sample" and row["step"] == result.step:
             console.result(f"  sample: {row['prompt']}|{row['text']}")

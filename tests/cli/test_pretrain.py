@@ -248,14 +248,14 @@ def test_bad_input_is_one_message_exit_2_and_no_run(name: str) -> None:
 
 
 def test_all_that_is_not_there_yet_is_named_at_once_each_with_its_place() -> None:
-    Path("mine.yaml").write_text("base: debug\nname: mine\noptim: {ema: 0.9}\n")
+    Path("mine.yaml").write_text("base: debug\nname: mine\nparallel: {tp: 2}\n")
     done = CliRunner().invoke(app, ["pretrain", "mine.yaml", "train.compile=true", "model.arch=llama"])
     assert done.exit_code == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
         "error: command line: model.arch=llama: llama is not available in pretrain; expected megalodon",
         "error: command line: train.compile=true: true is not available here; expected auto or false",
-        "error: mine.yaml:3:14: optim.ema: 0.9 is not available here; expected null",
+        "error: mine.yaml:3:16: parallel.tp: 2 is not available here; expected 1",
     ]
 
 
@@ -288,7 +288,8 @@ def test_directories_that_are_no_run_or_somebody_elses_are_left_alone() -> None:
 def test_a_run_whose_loss_is_not_finite_ends_with_5_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     from megalodon.training.loop import Trainer
 
-    monkeypatch.setattr(Trainer, "_gradient", lambda trainer, batch: (9, float("nan")))
+    gradient = Trainer._gradient
+    monkeypatch.setattr(Trainer, "_gradient", lambda *args: gradient(*args)._replace(loss=float("nan")))
     done = pretrain()
     assert done.exit_code == 5
     assert "error: step 3: loss nan" in done.stderr

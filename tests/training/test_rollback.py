@@ -147,7 +147,7 @@ def test_a_kill_around_a_rollback_changes_nothing(
 
 
 def test_three_rollbacks_and_then_the_run_stops_with_a_report(store: Store, tmp_path: Path, poison: Poison) -> None:
-    poison(*range(16, 60))
+    poison(*range(16, 64))
     with pytest.raises(
         NumericalError, match=r"step 7: .*max_rollbacks 3 .*; step 7 went back to 3: loss nan"
     ) as caught:
