@@ -130,14 +130,14 @@ def test_a_kill_around_a_rollback_changes_nothing(
         elif moment == "while checkpoints are set aside":
             patch.setattr("megalodon.training.loop.set_aside", die)
         elif moment == "before the rows are cut":
-            cut = Trainer._settle
+            cut = Trainer._cut_back
 
-            def settle(self: Trainer) -> None:
+            def cut_back(self: Trainer) -> None:
                 if self.rollbacks:
                     die()
                 cut(self)
 
-            patch.setattr(Trainer, "_settle", settle)
+            patch.setattr(Trainer, "_cut_back", cut_back)
         with pytest.raises(Killed):
             run(store, tmp_path / "parts", 14, model=model, optim=optim, report=report)
     assert len(read_rollbacks(tmp_path / "parts")) == 1
