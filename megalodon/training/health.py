@@ -52,6 +52,7 @@ def health_row(model: Megalodon, state: State | None) -> dict[str, Any]:
     return row if state is None else row | {"final_norm": _variance(state.norm.var, model.config.norm_eps)}
 
 
+@torch.no_grad()
 def memory_tokens(cema: Cema) -> Tensor:
     """Return how far back each channel remembers, in tokens: (D,) float64, on the device of the parameters.
 

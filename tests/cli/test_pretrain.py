@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import megalodon
@@ -295,3 +297,29 @@ def test_a_run_whose_loss_is_not_finite_ends_with_5_and_says_where(monkeypatch: 
     assert "error: step 3: loss nan" in done.stderr
     assert record("runs/debug")["status"] == "failed"
     assert "step 3: loss nan" in record("runs/debug")["error"]
+
+
+def test_averages_memory_and_a_rollback_are_shown_and_the_averages_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megalodon.training.loop import Trainer
+
+    gradient, seen = Trainer._gradient, []
+
+    def poisoned(trainer: Trainer, *args: Any) -> Any:
+        bad = trainer.step in (2, 3, 4) and not trainer.rollbacks
+        seen.append(trainer.step + 1)
+        return gradient(trainer, *args)._replace(loss=float("nan")) if bad else gradient(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "_gradient", poisoned)
+    done = pretrain("optim.ema=0.5", "log.health_every=2")
+    assert done.exit_code == 0, done.output
+    assert seen == [1, 2, 3, 4, 5, 3, 4, 5, 6]
+    assert "step 5: rolled back to step 2; samples 8 to 19 are left out from now on: loss nan" in done.stderr
+    assert "health at step 2: memory of layers (tokens) " in done.stderr
+    assert "; averaged weights " in done.stderr
+    assert "  loss by position: 1: " in done.stderr
+    info = json.loads(Path("runs/debug/model/megalodon.json").read_text())
+    assert info["weights"] == "averaged, optim.ema 0.5"
+    assert info["scores"]["ema_valid_loss"] == metrics("runs/debug")[-2]["ema_valid_loss"]
+    (shard,) = Path("runs/debug/checkpoints/step-00000006/tensors").iterdir()
+    saved, model = load_file(shard), megalodon.load(Path("runs/debug/model"))
+    assert all(torch.equal(parameter, saved[f"ema.{name}"]) for name, parameter in model.named_parameters())

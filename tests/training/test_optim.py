@@ -6,7 +6,14 @@ from factories import tiny_model
 from pydantic import ValidationError
 from torch import nn
 
-from megalodon.training.optim import OptimConfig, build_optimizer, clip, gradient_norms
+from megalodon.training.optim import (
+    AveragedWeights,
+    OptimConfig,
+    build_optimizer,
+    clip,
+    gradient_norms,
+    group_of,
+)
 
 
 def test_all_decays_everything_and_matrices_only_linear_maps_and_embeddings() -> None:
@@ -55,3 +62,51 @@ def test_clipping_scales_the_whole_gradient_to_the_limit() -> None:
     assert torch.allclose(first, before * (0.5 / norm), rtol=1e-5)
     clip(model, gradient_norms(model)[0], 7.0)
     assert float(gradient_norms(model)[0]) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_every_parameter_is_in_one_group_and_the_groups_are_the_whole() -> None:
+    model = tiny_model(torch.float32, swiglu=True, rescale_nffn=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    total, groups = gradient_norms(model)
+    assert list(groups) == ["embed", "attn", "norm", "cema", "ffn", "head"]
+    assert float(total) == pytest.approx(sum(norm**2 for norm in groups.values()) ** 0.5, rel=1e-6)
+    of = {name: group_of(name) for name, _ in model.named_parameters()}
+    cema = torch.cat([p.grad.flatten() for name, p in model.named_parameters() if of[name] == "cema"])
+    assert cema.numel() == 2 * (4 * 24 * 3 + 2 * 24)
+    assert groups["cema"] == pytest.approx(float(cema.norm()), rel=1e-6)
+    assert of["layers.0.mega.gamma"] == of["layers.0.mega.wv.bias"] == "attn"
+    assert of["layers.0.nffn.norm.bias"] == of["output.final_norm.weight"] == "norm"
+    assert of["layers.1.nffn.alpha"] == of["layers.1.nffn.fc3.weight"] == "ffn"
+
+
+def test_averaged_weights_are_a_mean_first_and_then_an_exponential_average() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    average = AveragedWeights(model, 0.75)
+    values, expected = [3.0, 5.0, 7.0, 8.0, -2.0, 6.0], 0.0
+    for count, value in enumerate(values, start=1):
+        nn.init.constant_(model.weight, value)
+        average.update(count)
+        decay = min(0.75, 1 - 1 / count)
+        expected = decay * expected + (1 - decay) * value
+        assert float(average.mean["weight"]) == pytest.approx(expected, rel=1e-6)
+        if count <= 4:
+            assert expected == pytest.approx(sum(values[:count]) / count)
+
+
+def test_swapping_averages_in_and_out_leaves_every_bit() -> None:
+    model = tiny_model(torch.float32, share_emb=True)
+    average = AveragedWeights(model, 0.9)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    now = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(KeyError), average.swapped_in():
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name])
+        assert model.output_weight is model.embed.weight
+        raise KeyError
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, now[name])
+        assert torch.equal(average.mean[name], before[name])

@@ -11,7 +11,7 @@ RECIPE = {
     "name": "x",
     "model": {"num_layers": 2},
     "data": {"dir": "data/x", "sources": ({"name": "a", "weight": 0.5},)},
-    "train": {"seed": 1, "max_steps": 9},
+    "train": {"seed": 1, "max_steps": 9, "seq_len_warmup": {"start": 8}},
     "optim": {"lr": 6e-4, "betas": (0.9, 0.95)},
     "log": {"every": 1},
 }
@@ -23,6 +23,7 @@ def test_what_is_frozen_is_the_model_the_data_the_seed_and_the_optimizer() -> No
         "data.sources.a.name": "a",
         "data.sources.a.weight": 0.5,
         "train.seed": 1,
+        "train.seq_len_warmup.start": 8,
         "optim.lr": 6e-4,
         "optim.betas": [0.9, 0.95],
     }

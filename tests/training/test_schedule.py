@@ -4,8 +4,16 @@ import math
 
 import pytest
 
+from megalodon.config import Amount
+from megalodon.errors import RecipeError
 from megalodon.training.optim import OptimConfig
-from megalodon.training.schedule import horizon_steps, learning_rate
+from megalodon.training.schedule import (
+    SeqLenWarmupConfig,
+    check_warmup,
+    horizon_steps,
+    learning_rate,
+    window_length,
+)
 
 
 def rates(horizon: int = 100, **changes: object) -> list[float]:
@@ -57,3 +65,37 @@ def test_horizon_counts_whole_steps() -> None:
     assert horizon_steps(**(none | {"max_tokens": 128}), **sizes) == 2
     assert horizon_steps(**(none | {"max_tokens": 129}), **sizes) == 3
     assert horizon_steps(**(none | {"max_epochs": 1.5}), **sizes) == math.ceil(1500 / 64)
+
+
+def lengths(start: int, over: str, horizon: int = 100) -> list[int]:
+    config = SeqLenWarmupConfig(start=start, over=Amount.parse(over))
+    return [window_length(config, step, horizon, 64, 4096) for step in range(1, horizon + 1)]
+
+
+def test_windows_double_evenly_over_the_warmup_and_are_whole_after_it() -> None:
+    assert lengths(512, "30%") == [512] * 10 + [1024] * 10 + [2048] * 10 + [4096] * 70
+    assert lengths(512, "30 steps") == lengths(512, "1920 tokens") == lengths(512, "30%")
+    assert lengths(1024, "5 steps")[:7] == [1024] * 3 + [2048] * 2 + [4096] * 2
+    assert lengths(512, "2 steps")[:3] == [512, 1024, 4096]
+    assert lengths(512, "0%") == [4096] * 100
+    assert window_length(None, 1, 100, 64, 4096) == 4096
+
+
+@pytest.mark.parametrize(
+    ("start", "seq_len", "said"),
+    [
+        (500, 4096, "start 500 does not lead to data.seq_len 4,096 by doubling; fits: 1, 2, 4, "),
+        (24, 96, None),
+        (32, 96, "fits: 3, 6, 12, 24, 48"),
+        (4096, 4096, "fits: 1, "),
+        (8192, 4096, "fits: 1, "),
+        (3, 37, "fits: none, as it is odd"),
+    ],
+)
+def test_a_start_that_does_not_double_to_the_window_is_refused(start: int, seq_len: int, said: str | None) -> None:
+    config = SeqLenWarmupConfig(start=start, over=Amount(0.1, "share"))
+    if said is None:
+        check_warmup(config, seq_len)
+    else:
+        with pytest.raises(RecipeError, match=said):
+            check_warmup(config, seq_len)
