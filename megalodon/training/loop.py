@@ -41,8 +41,15 @@ from megalodon.model.megalodon import Megalodon, ModelConfig
 from megalodon.model.state import State
 from megalodon.training.guard import StepGuard, Verdict
 from megalodon.training.health import health_row
-from megalodon.training.metrics import MetricsLog, flops_per_token, peak_memory
-from megalodon.training.optim import AveragedWeights, build_optimizer, clip, gradient_norms, optimizer_tensors
+from megalodon.training.metrics import MetricsLog, flops_per_token, machine_row
+from megalodon.training.optim import (
+    AveragedWeights,
+    build_optimizer,
+    clip,
+    gradient_norms,
+    nonfinite_gradients,
+    optimizer_tensors,
+)
 from megalodon.training.plan import Plan
 from megalodon.training.rollback import (
     Rollback,
@@ -212,7 +219,7 @@ class Trainer:
         self.step, self.consumed, self.skipped_ranges = step, first + plan.rows, jumped
         self.tokens, self.targets = self.tokens + plan.batch_tokens, self.targets + found.targets
         row = self._numbers(batch, found, norms, float(norm)) | {"lr": rate, "seq_len": length}
-        row |= self._times(begin, loaded)
+        row |= machine_row(plan.batch_tokens, begin, loaded, self.flops, self.run.peak_flops, plan.device)
         return [row, {"step": step, **health_row(self.model, found.state)}] if look else [row]
 
     def _gradient(self, batch: Batch, keep_state: bool = False) -> _Pass:
@@ -277,29 +284,10 @@ class Trainer:
             "rollbacks": len(self.rollbacks),
         }
 
-    def _times(self, begin: float, loaded: float) -> Row:
-        """What a row says of the machine, given when the step began and when its batch was there."""
-        seconds = time.monotonic() - begin
-        speed, peak = self.plan.batch_tokens / seconds, self.run.peak_flops
-        return {
-            "tok_per_s": round(speed, 1),
-            "seconds": round(seconds, 4),
-            "data_seconds": round(loaded - begin, 4),
-            "peak_share": round(speed * self.flops / peak, 4) if peak else None,
-            "memory": peak_memory(self.plan.device),
-        }
-
-    def _nonfinite(self) -> dict[str, int]:
-        """Parameter -> how many values of its gradient are not finite, where there are any."""
-        counts = {
-            name: int((~p.grad.isfinite()).sum()) for name, p in self.model.named_parameters() if p.grad is not None
-        }
-        return {name: count for name, count in counts.items() if count}
-
     def _event(self, step: int, event: str, reason: str, first: int) -> None:
         """Log an unusual step with the samples it read (first, number) and, if values are not finite, where."""
         row: Row = {"kind": "event", "step": step, "event": event, "reason": reason, "samples": [first, self.plan.rows]}
-        broken = self._nonfinite()
+        broken = nonfinite_gradients(self.model)
         self._write(row | ({"nonfinite": broken} if broken else {}))
 
     def _left_out(self) -> list[list[int]]:
@@ -318,16 +306,19 @@ class Trainer:
             why = f"no checkpoint from before step {verdict.bad[0]} to go back to"
             try:
                 saved, faults = newest_good_step(self.checkpoints, self.plan.checkpoint.verify, before=verdict.bad[0])
-                why = "; ".join([why, *faults])
+                self._tell(faults)
             except CheckpointError as error:
                 why = f"{why}: {error}"
         if saved is None:
             self._event(step, "stop", f"{verdict.reason}; {why}", first)
             before = "".join(f"; step {r.at} went back to {r.to}: {r.reason}" for r in self.rollbacks)
-            hint = "lower optim.lr, or lengthen optim.warmup; the same command continues from the newest checkpoint"
+            hint = (
+                "lower optim.lr, lengthen optim.warmup, or allow more with train.guard.max_rollbacks; the same command "
+            )
+            hint += "continues from the newest checkpoint"
             raise NumericalError(f"step {step}: {verdict.reason}; {why}{before}", hint)
         samples = merged((first_sample(bad, rows, self._left_out())[0] for bad in verdict.bad), rows)
-        rollback = Rollback(step, saved.step, samples, verdict.reason, self._nonfinite())
+        rollback = Rollback(step, saved.step, samples, verdict.reason, nonfinite_gradients(self.model))
         write_rollbacks(self.run.directory, [*self.rollbacks, rollback])
         self.rollbacks.append(rollback)
         self.optimizer.zero_grad(set_to_none=True)
@@ -515,8 +506,7 @@ class Trainer:
         abandoned = abandoned_after(self.checkpoints, self.rollbacks)
         before = None if abandoned is None else abandoned + 1
         saved, faults = newest_good_step(self.checkpoints, self.plan.checkpoint.verify, before=before)
-        for fault in faults:
-            self.run.report({"kind": "warning", "text": f"{fault}; trying the checkpoint before it"})
+        self._tell(faults)
         if saved is not None:
             self._restore(saved)
         self.run.begin()
@@ -524,6 +514,10 @@ class Trainer:
         if saved is not None:
             text = f"resuming at step {self.step:,} ({self.tokens:,} tokens seen)"
             self.run.report({"kind": "note", "event": "resumed", "step": self.step, "text": text})
+
+    def _tell(self, faults: list[str]) -> None:
+        for fault in faults:
+            self.run.report({"kind": "warning", "text": f"{fault}; trying the checkpoint before it"})
 
     def _restore(self, saved: Saved) -> None:
         state = saved.state

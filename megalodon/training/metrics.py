@@ -39,7 +39,7 @@ class MetricsLog:
         {"kind": "health", "step": 10, "layers": [{"memory": {"median": …, "p99.9": …, "max": …}, …}, …], …}
         {"kind": "eval", "step": 10, "valid_loss": …, "bits_per_byte": …, "by_position": {"1": …, "2": …}}
         {"kind": "sample", "step": 10, "prompt": …, "text": …}
-        {"kind": "event", "step": 12, "event": "skip", "reason": …}     skip, spike, empty or rollback
+        {"kind": "event", "step": 12, "event": "skip", "reason": …}     skip, spike, empty, rollback, stop
 
     Losses are nats a token, without the penalty of optim.z_loss; z is the mean of logsumexp² it acts on. Norms are of
     the gradient before clipping, clip is the factor it was then multiplied with (1 = not clipped). skips, spikes and
@@ -140,6 +140,28 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     attention = 3 * keys * 2 * (c.z_dim + c.value_dim)
     cema = 3 * 12 * c.model_dim * c.cema_ndim
     return 6 * matrices + c.num_layers * (attention + cema)
+
+
+def machine_row(
+    tokens: int, begin: float, loaded: float, flops: float, peak_flops: float | None, device: torch.device
+) -> dict[str, Any]:
+    """Return what a row of kind `train` says of the machine, at the end of a step.
+
+    Args:
+        tokens: of the step.
+        begin, loaded: when it began and when its batch was there, on the monotonic clock.
+        flops: floating-point operations a token.
+        peak_flops: operations/s of this machine's matrix product; None if that was not measured.
+    """
+    seconds = time.monotonic() - begin
+    speed = tokens / seconds
+    return {
+        "tok_per_s": round(speed, 1),
+        "seconds": round(seconds, 4),
+        "data_seconds": round(loaded - begin, 4),
+        "peak_share": round(speed * flops / peak_flops, 4) if peak_flops else None,
+        "memory": peak_memory(device),
+    }
 
 
 def peak_memory(device: torch.device) -> int:

@@ -110,6 +110,13 @@ def gradient_norms(model: nn.Module) -> tuple[Tensor, dict[str, float]]:
     return torch.linalg.vector_norm(norms), dict(zip(groups, norms.tolist(), strict=True))
 
 
+def nonfinite_gradients(model: nn.Module) -> dict[str, int]:
+    """Return parameter -> how many values of its gradient are not finite, where there are any."""
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    counts = {name: int((~grad.isfinite()).sum()) for name, grad in grads.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
 def clip(model: nn.Module, norm: Tensor, limit: float) -> None:
     """Scale the gradient in place so that its norm, given, is at most `limit`."""
     torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), limit, norm)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megalodon.checkpoint.store import read_json, replace_json, step_path, steps_in
-from megalodon.errors import CheckpointError
+from megalodon.errors import CheckpointError, EnvironmentFault
 
 FILE = "rollbacks.json"
 
@@ -66,8 +66,14 @@ def as_rollbacks(rows: Any, where: Path) -> list[Rollback]:
 
 
 def write_rollbacks(directory: Path, rollbacks: Sequence[Rollback]) -> None:
-    """Replace rollbacks.json in one move: from here on the last one has happened."""
-    replace_json(directory / FILE, {"rollbacks": [rollback.row() for rollback in rollbacks]})
+    """Replace rollbacks.json in one move: from here on the last one has happened.
+
+    Raises: EnvironmentFault if it could not be written; nothing has changed then.
+    """
+    try:
+        replace_json(directory / FILE, {"rollbacks": [rollback.row() for rollback in rollbacks]})
+    except OSError as error:
+        raise EnvironmentFault(f"{directory / FILE} could not be written: {error}") from error
 
 
 def first_sample(step: int, rows: int, ranges: Iterable[list[int]]) -> tuple[int, list[list[int]]]:

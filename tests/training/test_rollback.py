@@ -12,7 +12,7 @@ from stores import SEQ_LEN, SHARD, assert_same_run, metrics, score, tiny_plan, t
 from megalodon.checkpoint.store import steps_in
 from megalodon.data.loader import Batch, Loader
 from megalodon.data.shards import Store
-from megalodon.errors import CheckpointError, NumericalError
+from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError
 from megalodon.training import guard
 from megalodon.training.loop import Result, Row, Trainer
 from megalodon.training.rollback import Rollback, first_sample, merged, read_rollbacks, write_rollbacks
@@ -196,8 +196,10 @@ def test_a_damaged_checkpoint_is_not_the_one_to_go_back_to(store: Store, tmp_pat
         if row.get("event") == "saved" and row["step"] == 6:
             (tmp_path / "checkpoints/step-00000006/tensors" / SHARD).unlink()
 
-    run(store, tmp_path, report=damage)
+    told: list[Row] = []
+    run(store, tmp_path, report=lambda row: (damage(row), told.append(row))[1])
     assert [r.to for r in read_rollbacks(tmp_path)] == [3]
+    assert "trying the checkpoint before it" in next(row["text"] for row in told if row["kind"] == "warning")
 
 
 def test_positions_jump_over_ranges_in_any_order() -> None:
@@ -218,3 +220,5 @@ def test_the_record_of_rollbacks_is_read_as_it_was_written_and_nothing_else(tmp_
         (tmp_path / "rollbacks.json").write_text(wrong)
         with pytest.raises(CheckpointError, match=r"rollbacks\.json"):
             read_rollbacks(tmp_path)
+    with pytest.raises(EnvironmentFault, match=r"nowhere/rollbacks\.json could not be written"):
+        write_rollbacks(tmp_path / "nowhere", kept)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from factories import tiny_config
@@ -20,11 +21,11 @@ from stores import (
 )
 
 from megalodon.checkpoint.store import CheckpointConfig
-from megalodon.data.loader import Loader
+from megalodon.data.loader import IGNORED, Batch, Loader
 from megalodon.data.shards import Store
 from megalodon.errors import RecipeError
 from megalodon.model.megalodon import Megalodon
-from megalodon.training.loop import Result, Row, Run, Task, train
+from megalodon.training.loop import Result, Row, Run, Task, Trainer, train
 from megalodon.training.metrics import LogConfig
 from megalodon.training.optim import OptimConfig
 from megalodon.training.plan import ParallelConfig, TrainConfig, make_plan
@@ -100,6 +101,49 @@ def test_averages_pass_over_steps_that_were_not_accepted(store: Store, tmp_path:
     tiny_run(store, tmp_path, plan, tasks=(Task(poison, 2),))
     before, after = saved_tensors(tmp_path, 2), saved_tensors(tmp_path, 4)
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("ema."))
+
+
+def test_an_infinite_norm_with_a_finite_loss_changes_no_parameter(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient = Trainer._gradient
+
+    def huge(self: Trainer, *args: Any) -> Any:
+        found = gradient(self, *args)
+        if self.step == 1:
+            grad = self.model.embed.weight.grad
+            assert grad is not None
+            grad[3, 5] = float("inf")
+        return found
+
+    monkeypatch.setattr(Trainer, "_gradient", huge)
+    tiny_run(store, tmp_path, tiny_plan(checkpoint={"every": 1}, train={"max_steps": 2}))
+    (event,) = rows(tmp_path, "event")
+    assert (event["event"], event["nonfinite"]) == ("skip", {"embed.weight": 1})
+    train = rows(tmp_path, "train")
+    assert train[1]["loss"] > 0 and train[1]["grad_norm"] is None and train[1]["skips"] == 1
+    one, two = saved_tensors(tmp_path, 1), saved_tensors(tmp_path, 2)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_step_without_a_target_is_counted_and_changes_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Loader.batch
+
+    def padded(self: Loader, first: int, count: int) -> Batch:
+        found = batch(self, first, count)
+        return found._replace(targets=np.full_like(found.targets, IGNORED)) if first == 4 else found
+
+    monkeypatch.setattr(Loader, "batch", padded)
+    plan = tiny_plan(checkpoint={"every": 1}, train={"max_steps": 2}, log={"health_every": 2}, optim={"ema": 0.5})
+    tiny_run(store, tmp_path, plan)
+    (event,) = rows(tmp_path, "event")
+    assert (event["step"], event["event"], event["samples"]) == (2, "empty", [4, 4])
+    assert (rows(tmp_path, "train")[1]["loss"], rows(tmp_path, "train")[1]["norms"]) == (None, {})
+    assert "variance" not in rows(tmp_path, "health")[0]["layers"][0]
+    one, two = saved_tensors(tmp_path, 1), saved_tensors(tmp_path, 2)
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def warmed(store: Store, directory: Path, warmup: dict[str, Any] | None, **train_changes: Any) -> Result:
