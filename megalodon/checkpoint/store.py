@@ -5,7 +5,7 @@
       state.json                     every scalar of the run
       tensors/shard-*.safetensors    model.*, optim.exp_avg.*, optim.exp_avg_sq.*, optim.step.*
     checkpoints/best                 JSON pointer to the step of lowest validation loss among those that are kept
-    checkpoints/.bad-step-…          a step that did not verify when it was needed; never read, never removed
+    checkpoints/.bad-step-…          a step that did not verify when needed, or was rolled back; never read or removed
     checkpoints/.tmp-… .del-…        half-written, half-removed; removed at the next start
 
 The rename is the commit: a directory that has its name is complete. Random numbers need no file: a step draws them

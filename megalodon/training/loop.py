@@ -312,10 +312,8 @@ class Trainer:
         if saved is None:
             self._event(step, "stop", f"{verdict.reason}; {why}", first)
             before = "".join(f"; step {r.at} went back to {r.to}: {r.reason}" for r in self.rollbacks)
-            hint = (
-                "lower optim.lr, lengthen optim.warmup, or allow more with train.guard.max_rollbacks; the same command "
-            )
-            hint += "continues from the newest checkpoint"
+            hint = "lower optim.lr, lengthen optim.warmup, or raise train.guard.max_rollbacks; "
+            hint += "the same command continues from the newest checkpoint"
             raise NumericalError(f"step {step}: {verdict.reason}; {why}{before}", hint)
         samples = merged((first_sample(bad, rows, self._left_out())[0] for bad in verdict.bad), rows)
         rollback = Rollback(step, saved.step, samples, verdict.reason, nonfinite_gradients(self.model))

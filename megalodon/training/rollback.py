@@ -113,7 +113,8 @@ def abandoned_after(checkpoints: Path, rollbacks: Sequence[Rollback]) -> int | N
     to = rollbacks[-1].to
     for step in steps_in(checkpoints):
         try:
-            known = read_json(step_path(checkpoints, step) / "state.json").get("rollbacks", [])
+            state = step_path(checkpoints, step) / "state.json"
+            known = as_rollbacks(read_json(state).get("rollbacks"), state)
         except CheckpointError:
             continue  # whoever loads it says what is wrong with it
         if step > to and len(known) < len(rollbacks):

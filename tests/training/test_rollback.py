@@ -26,8 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 Poison = Callable[..., None]
 
 
-@pytest.fixture
-def poison(store: Store, monkeypatch: pytest.MonkeyPatch) -> Poison:
+def poisoning(patch: pytest.MonkeyPatch, store: Store) -> Poison:
     """Make every step that reads one of these samples end with this loss, by content: whenever it is read."""
 
     def apply(*samples: int, loss: float = math.nan) -> None:
@@ -40,9 +39,14 @@ def poison(store: Store, monkeypatch: pytest.MonkeyPatch) -> Poison:
             hit = any(row.tobytes() in bad for row in batch.tokens)
             return found._replace(loss=loss) if hit else found
 
-        monkeypatch.setattr(Trainer, "_gradient", poisoned)
+        patch.setattr(Trainer, "_gradient", poisoned)
 
     return apply
+
+
+@pytest.fixture
+def poison(store: Store, monkeypatch: pytest.MonkeyPatch) -> Poison:
+    return poisoning(monkeypatch, store)
 
 
 def run(store: Store, directory: Path, steps: int = 12, *, model: dict[str, Any] | None = None, **how: Any) -> Result:
@@ -103,14 +107,27 @@ MOMENTS = {
 }
 
 
+TWICE = (17, 21, 25, 41, 45, 49)
+"""Three bad steps, and three after the first rollback, so that the second one jumps in a jumped stream."""
+VARIED: dict[str, Any] = {"model": {"dropout": 0.1, "attention_dropout": 0.1}, "optim": {"ema": 0.8}}
+
+
+@pytest.fixture(scope="module")
+def whole(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two rollbacks that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        poisoning(patch, store)(*TWICE)
+        run(store, directory, 14, **VARIED)
+    assert [(r.at, r.to) for r in read_rollbacks(directory)] == [(7, 3), (10, 6)]
+    return directory
+
+
 @pytest.mark.parametrize("moment", [*MOMENTS, "on its row", "two steps later"])
 def test_a_kill_around_a_rollback_changes_nothing(
-    store: Store, tmp_path: Path, poison: Poison, moment: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, whole: Path, tmp_path: Path, poison: Poison, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, optim = {"dropout": 0.1, "attention_dropout": 0.1}, {"ema": 0.8}
-    poison(17, 21, 25, 41, 45, 49)  # and again after the first rollback, so that the second jumps in a jumped stream
-    run(store, tmp_path / "whole", 14, model=model, optim=optim)
-    assert [(r.at, r.to) for r in read_rollbacks(tmp_path / "whole")] == [(7, 3), (10, 6)]
+    poison(*TWICE)
     armed = [True]
 
     def die(*_: object) -> None:
@@ -139,11 +156,11 @@ def test_a_kill_around_a_rollback_changes_nothing(
 
             patch.setattr(Trainer, "_cut_back", cut_back)
         with pytest.raises(Killed):
-            run(store, tmp_path / "parts", 14, model=model, optim=optim, report=report)
+            run(store, tmp_path / "parts", 14, report=report, **VARIED)
     assert len(read_rollbacks(tmp_path / "parts")) == 1
-    run(store, tmp_path / "parts", 14, model=model, optim=optim)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 14)
-    assert (tmp_path / "whole/rollbacks.json").read_bytes() == (tmp_path / "parts/rollbacks.json").read_bytes()
+    run(store, tmp_path / "parts", 14, **VARIED)
+    assert_same_run(whole, tmp_path / "parts", 14)
+    assert (whole / "rollbacks.json").read_bytes() == (tmp_path / "parts/rollbacks.json").read_bytes()
 
 
 def test_three_rollbacks_and_then_the_run_stops_with_a_report(store: Store, tmp_path: Path, poison: Poison) -> None:
