@@ -1,7 +1,8 @@
 """Checkpoints of a run: directories written aside, hashed, renamed; the newest one that verifies is continued.
 
     checkpoints/step-00001000/
-      manifest.json                  written last: every file with bytes and sha256, every tensor, what the run was
+      manifest.json                  written last: every file with bytes and sha256, every tensor, what the run was,
+                                     and the sha256 of all that
       state.json                     every scalar of the run
       tensors/shard-*.safetensors    model.*, optim.exp_avg.*, optim.exp_avg_sq.*, optim.step.*
     checkpoints/best                 JSON pointer to the step of lowest validation loss among those that are kept
@@ -43,7 +44,7 @@ from megalodon.checkpoint.tensor_files import (
 from megalodon.config import Config, show
 from megalodon.errors import CheckpointError, EnvironmentFault
 
-FORMAT = "megalodon/checkpoint/1"
+FORMAT = "megalodon/checkpoint/2"
 RESERVE_BYTES, RESERVE_FILES = 16 * 2**20, 16
 _WRITER = secrets.token_hex(4)
 """Tells what this process writes aside from what another one left."""
@@ -263,10 +264,16 @@ def save_step(
             described = {path.relative_to(aside).as_posix(): describe_file(path) for path in files}
             listed = {name: {"shape": list(form.shape), "dtype": form.dtype} for name, form in forms.items()}
             manifest = {"format": FORMAT, "step": step, **about, "files": described, "tensors": listed}
-            write_json(aside / "manifest.json", manifest)
+            write_json(aside / "manifest.json", {**manifest, "sha256": _digest(manifest)})
     except (OSError, SafetensorError, CheckpointError) as error:
         raise EnvironmentFault(f"step {step} could not be saved in {root}: {error}") from error
     return target
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of what a manifest says, apart from the digest itself."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def set_aside(step: Path) -> None:
@@ -322,6 +329,8 @@ def verify_step(path: Path, verify: Literal["full", "fast"] = "full") -> Saved:
     manifest = read_json(name)
     if (form := manifest.get("format")) != FORMAT:
         raise CheckpointError(f"{name} has format {show(form)}; this version of megalodon reads {FORMAT}")
+    if (digest := _digest(manifest)) != manifest.get("sha256"):
+        raise CheckpointError(f"{name} has sha256 {digest[:12]}…; {show(manifest.get('sha256'))} was written")
     try:
         check_files(path, manifest.get("files"), hashes=verify == "full")
         known = {"manifest.json", *manifest["files"]}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalodon.checkpoint.store import check_files, check_space, describe_file, read_json, staged, write_json
+from megalodon.checkpoint.tensor_files import read_boxes
 from megalodon.errors import CheckpointError, EnvironmentFault
 from megalodon.model.megalodon import Megalodon, ModelConfig
 from megalodon.model.weights import assign_weights
@@ -99,7 +100,11 @@ def load_model(path: str | Path) -> Megalodon:
     with torch.device("meta"):
         model = Megalodon(config)
     try:
+        read_boxes(directory / WEIGHTS, 2 * len(model.state_dict()))  # before anything of its size is allocated
         tensors = load_file(directory / WEIGHTS)
+    except CheckpointError:
+        check_files(directory, files)
+        raise
     except (SafetensorError, OSError) as error:
         check_files(directory, files)  # says more than the library does: which file, which size
         raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error

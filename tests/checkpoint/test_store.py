@@ -115,7 +115,7 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
 
     (broken(1) / "state.json").unlink()
     (broken(2) / "tensors/extra.safetensors").write_bytes(b"")
-    (broken(3) / "manifest.json").write_text('{"format": "megalodon/checkpoint/1", "step": 3}')
+    (broken(3) / "manifest.json").write_text(f'{{"format": "{store.FORMAT}", "step": 3}}')
     (broken(4) / "manifest.json").write_text('{"format"')
     broken(5)
     os.truncate(shard(tmp_path, 5), 40)
@@ -125,7 +125,7 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
     for said in (
         "step-00000001/state.json is missing",
         "not written by us: tensors/extra.safetensors",
-        "step-00000003: its list of files is null; expected names",
+        "step-00000003/manifest.json has sha256 ",
         "step-00000004/manifest.json is not JSON",
         f"step-00000005/tensors/{SHARD} has 40 bytes",
     ):
