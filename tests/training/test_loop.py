@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from stores import (
     tiny_store,
 )
 
+from megalodon.checkpoint import saver
 from megalodon.checkpoint.store import steps_in
 from megalodon.config import InvalidRecipe
 from megalodon.data.loader import IGNORED, Loader
@@ -241,13 +243,122 @@ def test_a_failed_save_stops_the_run_or_is_told(store: Store, tmp_path: Path, mo
     def fail(*_: object) -> None:
         raise EnvironmentFault("disk full")
 
-    monkeypatch.setattr("megalodon.checkpoint.saver.save_step", fail)
+    monkeypatch.setattr(saver, "save_step", fail)
     with pytest.raises(EnvironmentFault, match="disk full"):
         tiny_run(store, tmp_path / "stops", tiny_plan())
     told: list[Row] = []
     plan = tiny_plan(checkpoint={"every": 3, "on_error": "continue"})
     assert tiny_run(store, tmp_path / "goes-on", plan, report=told.append).status == "finished"
     assert next(row["text"] for row in told if row["kind"] == "warning").startswith("disk full; training goes on")
+
+
+def test_a_save_in_the_background_that_fails_is_noticed_within_a_step(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fails = saver.save_step, threading.Event()
+
+    def second_fails(root: Path, step: int, *rest: Any) -> Path:
+        if step == 4:
+            assert fails.wait(60)
+            raise EnvironmentFault("disk full")
+        return real(root, step, *rest)
+
+    told: list[Row] = []
+
+    def during_step_6(row: Row) -> None:
+        told.append(row)
+        if row["kind"] == "train" and row["step"] == 6:
+            fails.set()
+            for thread in threading.enumerate():
+                if thread.name == "save-4":
+                    thread.join()
+
+    monkeypatch.setattr(saver, "save_step", second_fails)
+    with pytest.raises(EnvironmentFault, match="disk full"):
+        tiny_run(store, tmp_path, tiny_plan(checkpoint={"every": 4}), report=during_step_6)
+    assert [row["step"] for row in told if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert not [row for row in told if row.get("event") == "saved"]
+    assert steps_in(tmp_path / "checkpoints") == []
+
+
+def test_both_ways_of_saving_are_the_same_run(store: Store, tmp_path: Path) -> None:
+    for name, background in (("front", False), ("back", True)):
+        tiny_run(store, tmp_path / name, tiny_plan(checkpoint={"every": 2, "background": background}))
+    assert_same_run(tmp_path / "front", tmp_path / "back", 7)
+    assert [steps_in(tmp_path / name / "checkpoints") for name in ("front", "back")] == [[7, 6, 4]] * 2
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_save_in_flight_is_waited_for_before_an_error_leaves(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    real, poll, waits = saver.save_step, saver.Saver.poll, threading.Event()
+
+    def slow(*arguments: Any) -> Path:
+        assert waits.wait(60)
+        if not ends:
+            raise EnvironmentFault("disk full")
+        return real(*arguments)
+
+    def tells(self: saver.Saver, *, wait: bool = False) -> saver.Commit | None:
+        if wait and self.pending:
+            waits.set()
+        return poll(self, wait=wait)
+
+    monkeypatch.setattr(saver, "save_step", slow)
+    monkeypatch.setattr(saver.Saver, "poll", tells)
+    told: list[Row] = []
+
+    def fail(row: Row) -> None:
+        told.append(row)
+        if row["kind"] == "train" and row["step"] == 5:
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        tiny_run(store, tmp_path, tiny_plan(checkpoint={"every": 4}), report=fail)
+    assert steps_in(tmp_path / "checkpoints") == ([4] if ends else [])
+    said = [row["text"] for row in told if row["kind"] in ("note", "warning")]
+    assert len(said) == 1 and said[0].startswith("saved step 4" if ends else "disk full")
+
+
+def test_a_run_that_was_to_stop_with_a_checkpoint_and_could_not_says_so(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise EnvironmentFault("disk full")
+
+    plan = tiny_plan(checkpoint={"every": None, "on_error": "continue"})
+    tiny_run(store, tmp_path, plan, stop_at_step=2)
+    monkeypatch.setattr(saver, "save_step", fail)
+    lost = r"stopping \(step 4 was asked for\): step 4 could not be saved, the newest checkpoint is of step 2"
+    with pytest.raises(EnvironmentFault, match=lost):
+        tiny_run(store, tmp_path, plan, stop_at_step=4)
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(1e-9, [7, 6, 5, 4, 3, 2, 1]), (60.0, [7])])
+def test_a_save_is_due_by_the_clock_too(store: Store, tmp_path: Path, minutes: float, steps: list[int]) -> None:
+    tiny_run(store, tmp_path, tiny_plan(checkpoint={"every": None, "every_minutes": minutes, "keep_last": 9}))
+    assert steps_in(tmp_path / "checkpoints") == steps
+
+
+def test_who_asks_for_a_save_hears_of_it_even_if_there_is_nothing_to_save(store: Store, tmp_path: Path) -> None:
+    told: list[Row] = []
+    for stop_at_step in (2, 3):
+        (tmp_path / "save").touch()
+        plan = tiny_plan(checkpoint={"every": None})
+        tiny_run(store, tmp_path, plan, stop_at_step=stop_at_step, report=told.append)
+        assert not (tmp_path / "save").exists()
+    texts = [row["text"] for row in told if row.get("event") == "asked"]
+    assert texts == [
+        "nothing to save before the first step",
+        f"step 2 is saved already: {tmp_path / 'checkpoints/step-00000002'}",
+    ]
+
+
+def test_the_owner_shows_between_steps_that_it_lives(store: Store, tmp_path: Path) -> None:
+    beats: list[None] = []
+    tiny_run(store, tmp_path, tiny_plan(), beat=lambda: beats.append(None))
+    assert len(beats) == 7
 
 
 def test_retention_keeps_the_last_the_best_and_every_nth(store: Store, tmp_path: Path) -> None:
