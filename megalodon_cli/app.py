@@ -45,7 +45,7 @@ EXIT_CODES = """[bold]Exit codes[/bold]
 
 130, 143  interrupted twice, or before the first step"""
 
-JSON = {"tokenize", "generate", "recipes", "runs", "doctor"}
+JSON = {"tokenize", "pretrain", "generate", "recipes", "runs", "doctor"}
 """Commands whose result is also a JSON document."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 """What the system says of a disk that takes no more."""
@@ -278,7 +278,7 @@ def everywhere(
             callback=_take,
             is_eager=True,
             rich_help_panel=PANEL,
-            help="Print one JSON document (all commands but pretrain).",
+            help="Print one JSON document (pretrain: with --dry-run or --check-resume).",
         ),
     ] = False,
     quiet: Annotated[

@@ -1,14 +1,72 @@
-"""CKPT -> model directory: a model directory, a run directory, or the name of a run under runs/.
+"""CKPT -> model directory or weights: a model directory, a run directory, or the name of a run under runs/.
 
+Weights may also come from a step: RUN@1200, RUN@best, or the newest verified step of a run that has no model yet.
 Not here: loading and verifying (megalodon/checkpoint/tensors.py).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from megalodon.errors import InputError
 from megalodon_cli import console
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megalodon.checkpoint.store import Saved
+
 RUNS = Path("runs")
+
+
+class Weights(NamedTuple):
+    """The parameters of a checkpoint by name, in memory."""
+
+    tensors: "Mapping[str, Tensor]"
+    source: str
+    tokenizer: str | None
+    """sha256 of the tokenizer they were trained with, if it is on record."""
+
+
+def weights(given: str) -> Weights:
+    """Return the verified weights of CKPT. Raises: InputError or CheckpointError for what is missing or damaged."""
+    from megalodon.checkpoint.store import newest_good_step, read_json, step_path, verify_step
+    from megalodon.checkpoint.tensors import load_model, read_model_info
+
+    name, at, step = given.rpartition("@")
+    if at and not Path(given).exists():
+        run = _run_of(name)
+        if step != "best" and not step.isdecimal():
+            raise InputError(f"{given}: expected a step or `best` behind the @, such as {name}@1200")
+        number = int(step) if step.isdecimal() else int(read_json(run / "checkpoints/best")["step"])
+        return _of_step(verify_step(step_path(run / "checkpoints", number)))
+    for place in (Path(given), RUNS / given):
+        if (place / "run.json").is_file() and not (place / "model").is_dir():
+            saved, _ = newest_good_step(place / "checkpoints")
+            if saved:
+                return _of_step(saved)
+    directory = model_directory(given)
+    info = read_model_info(directory)
+    return Weights(load_model(directory).state_dict(), str(directory), info.get("tokenizer_sha256"))
+
+
+def _run_of(name: str) -> Path:
+    for place in (Path(name), RUNS / name):
+        if (place / "run.json").is_file():
+            return place
+    raise InputError(f"{name}: no run {Path(name)} and no run {RUNS / name}; megalodon runs ls shows them")
+
+
+def _of_step(saved: "Saved") -> Weights:
+    import torch
+
+    from megalodon.checkpoint.store import load_tensors
+
+    listed = saved.manifest["tensors"]
+    targets = {name: torch.empty(e["shape"], dtype=getattr(torch, e["dtype"])) for name, e in listed.items()}
+    load_tensors(saved, targets)
+    tensors = {name.removeprefix("model."): t for name, t in targets.items() if name.startswith("model.")}
+    return Weights(tensors, str(saved.path), saved.manifest.get("tokenizer"))
 
 
 def model_directory(given: str | None) -> Path:

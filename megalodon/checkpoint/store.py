@@ -102,7 +102,8 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON (no NaN, no infinity) and force it to the disk."""
-    with naming(path), path.open("w", encoding="utf-8") as file:
+    # names of files that are no text in the encoding of this process keep their bytes
+    with naming(path), path.open("w", encoding="utf-8", errors="surrogateescape") as file:
         json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()

@@ -10,7 +10,7 @@ Not here: how a token is chosen (sampling.py), whole characters (stream.py), sav
 """
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -205,9 +205,11 @@ def generate_text(
     *,
     bos: bool = True,
     stop: Iterable[str] = (),
+    given_up: Callable[[], bool] = lambda: False,
 ) -> str:
     """The text a model writes after a prompt, up to EOS, a stop string or `max_new_tokens`; without the prompt.
 
+    `given_up` is asked after every token; once it says so, the text so far is returned.
     Raises: InputError for a prompt of zero tokens, or a tokenizer that does not fit the model.
     """
     stream = TokenStream(tokenizer, stop)
@@ -218,6 +220,6 @@ def generate_text(
         Session(model), ids, max_new_tokens, sampling or SamplingConfig(), [tokenizer.eos_id], allowed
     ):
         written.append(stream.push(token))
-        if stream.stopped:
+        if stream.stopped or given_up():
             break
     return "".join(written) + stream.flush()

@@ -65,3 +65,27 @@ def assign_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str)
     model.load_state_dict({name: t.contiguous() for name, t in values.items()}, assign=True)
     if tied:
         model.output.output.weight = model.embed.weight
+
+
+@torch.no_grad()
+def copy_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into the parameters of `model`, which stay the objects they are, on their device.
+
+    Args:
+        tensors: name -> tensor, exactly the parameters of the model; buffers are ignored, and so is a tied matrix.
+        source: where the tensors come from, for messages.
+    Raises:
+        CheckpointError: the full list of missing, unexpected and different tensors; nothing was changed then.
+    """
+    parameters = dict(model.named_parameters())
+    known = model.state_dict().keys()
+    problems = [f"missing {name}" for name in parameters if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in known]
+    for name in parameters.keys() & tensors.keys():
+        if tensors[name].shape != parameters[name].shape:
+            found, wanted = tuple(tensors[name].shape), tuple(parameters[name].shape)
+            problems.append(f"{name} is {found}, expected {wanted}")
+    if problems:
+        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: " + "; ".join(sorted(problems)))
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])

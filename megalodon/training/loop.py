@@ -33,6 +33,7 @@ from megalodon.checkpoint.store import (
     set_aside,
     step_path,
     steps_in,
+    verify_step,
 )
 from megalodon.data.loader import IGNORED, Batch, Loader
 from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError, OutOfMemory
@@ -97,6 +98,10 @@ class Run:
     """What the manifest of a checkpoint records besides its files: frozen values, versions."""
     tasks: tuple[Task, ...] = ()
     """In the order in which they run."""
+    initialise: Callable[[Megalodon], None] = lambda model: None
+    """Called with the model of a run that starts at step 0, before its first step: weights from elsewhere."""
+    resume_from: Path | None = None
+    """The one checkpoint to continue from; None = the newest of this run that verifies."""
     begin: Callable[[], None] = lambda: None
     """Called once the state of the run is in place; only from then on the run directory changes."""
     report: Report = lambda row: None
@@ -503,10 +508,17 @@ class Trainer:
         self.rollbacks = read_rollbacks(self.run.directory)
         abandoned = abandoned_after(self.checkpoints, self.rollbacks)
         before = None if abandoned is None else abandoned + 1
-        saved, faults = newest_good_step(self.checkpoints, self.plan.checkpoint.verify, before=before)
+        verify, wanted = self.plan.checkpoint.verify, self.run.resume_from
+        saved: Saved | None
+        if wanted is not None:
+            saved, faults = verify_step(wanted, verify), []
+        else:
+            saved, faults = newest_good_step(self.checkpoints, verify, before=before)
         self._tell(faults)
         if saved is not None:
             self._restore(saved)
+        else:
+            self.run.initialise(self.model)
         self.run.begin()
         self._cut_back()
         if saved is not None:

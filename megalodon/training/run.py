@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megalodon.checkpoint.store import read_json, replace_json
+from megalodon.checkpoint.store import read_json, replace_json, step_path, steps_in
 from megalodon.config import show, suggest
 from megalodon.errors import CheckpointError, InputError
 
@@ -46,6 +46,7 @@ class RunRecord:
     next       commands that make sense now
     frozen     dotted key -> value that the run keeps for life
     allowed    changes of frozen values that the user asked for
+    branched_from    {run, step} whose checkpoint this run began with; only for a branch
     """
 
     def __init__(self, directory: Path, values: dict[str, Any]) -> None:
@@ -129,6 +130,40 @@ def open_record(directory: Path, frozen: Mapping[str, Any], allow: Sequence[str]
         change = " ".join(f"--allow-change {key}" for key in refused)
         raise CheckpointError(f"{directory} holds another run: {differences}; choose another -o, or {change}")
     return RunRecord(directory, values)
+
+
+def start_at(step: Path, directory: Path) -> Path | None:
+    """Return the checkpoint that a run in `directory` is to begin or go on with; None if its own newest one is it.
+
+    In the run that the step belongs to it must be the newest one: nothing that was saved is ever lost to an older step.
+    In any other directory it begins a branch, which is continued from its own checkpoints once it has some.
+
+    Args:
+        step: a step directory such as runs/x/checkpoints/step-00001000.
+    Raises:
+        CheckpointError: no step directory, newer steps in its run, or a directory that holds another run.
+    """
+    run = step.parent.parent
+    number = step.name.removeprefix("step-")
+    if not number.isdecimal() or step != step_path(run / "checkpoints", int(number)) or not step.is_dir():
+        expected = "auto, never, or a step directory such as runs/mine/checkpoints/step-00001000"
+        raise CheckpointError(f"--resume {step}: expected {expected}")
+    if directory.resolve() == run.resolve():
+        if newer := [n for n in steps_in(step.parent) if n > int(number)]:
+            steps = ", ".join(f"{n:,}" for n in reversed(newer))
+            raise CheckpointError(f"--resume {step}: {run} has newer steps ({steps}); choose another -o to branch off")
+        return step
+    if (directory / "run.json").exists():
+        if read_json(directory / "run.json").get("branched_from") != branch_point(step):
+            raise CheckpointError(f"{directory} holds a run that did not branch off {step}; choose another -o")
+        if steps_in(directory / "checkpoints"):
+            return None
+    return step
+
+
+def branch_point(step: Path) -> dict[str, Any]:
+    """Return what the record of a branch says of the step it began with."""
+    return {"run": str(step.parent.parent), "step": int(step.name.removeprefix("step-"))}
 
 
 def new_record(directory: Path, frozen: Mapping[str, Any], **values: Any) -> RunRecord:

@@ -3,16 +3,17 @@
 Not here: the step and its loop (megalodon/training/loop.py), scores (megalodon/evaluation), tokens (megalodon/data).
 """
 
-import signal
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megalodon.errors import InputError, MegalodonError, RecipeError, Stopped
-from megalodon_cli import console, recipe_files, training_job
+from megalodon_cli import console, recipe_files, run_start, training_checks, training_job
+from megalodon_cli.run_start import Asked
+from megalodon_cli.signals import Signals
 from megalodon_cli.training_job import Job
 from megalodon_cli.training_screen import Screen, ending, header
 
@@ -42,9 +43,22 @@ def pretrain(
         str, typer.Option(help="auto, cpu, cuda or cuda:N; auto = a GPU if there is one.", rich_help_panel="Run")
     ] = "auto",
     resume: Annotated[
-        Literal["auto", "never"],
-        typer.Option(help="auto continues the run that is in the directory; never refuses one.", rich_help_panel="Run"),
+        str,
+        typer.Option(
+            metavar="auto|never|STEP_DIR",
+            help="auto continues the run that is in the directory; never refuses one; STEP_DIR continues from exactly "
+            "that step: in its own run it must be the newest, with another -o it begins a branch.",
+            rich_help_panel="Run",
+        ),
     ] = "auto",
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CKPT",
+            help="Weights a new run begins with, = model.init_from: a model directory, RUN, RUN@STEP or RUN@best.",
+            rich_help_panel="Run",
+        ),
+    ] = None,
     max_steps: Annotated[
         str | None, typer.Option(help="Horizon in steps, = train.max_steps.", rich_help_panel="Run")
     ] = None,
@@ -64,6 +78,23 @@ def pretrain(
     force_unlock: Annotated[
         bool, typer.Option("--force-unlock", help="Take over a run another host left locked.", rich_help_panel="Run")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="One real step, evaluation, save, load and export, all removed again.",
+            rich_help_panel="Run",
+        ),
+    ] = False,
+    check_resume: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Prove exact resume: N steps against N/2, save, load, N/2; exit 6 names the first difference.",
+            rich_help_panel="Run",
+        ),
+    ] = None,
     out_dir: Annotated[
         Path | None,
         typer.Option(
@@ -92,16 +123,35 @@ def pretrain(
     names, changes = recipe_files.split(arguments)
     if not names:
         raise RecipeError("no recipe; expected a shipped name or a file ending in .yaml", "megalodon recipes ls")
-    for option, horizon in (("max-steps", max_steps), ("max-tokens", max_tokens)):
-        if horizon == "":
-            raise RecipeError(f"--{option}: expected a number such as 2000 or 2M, got nothing")
-        changes += [] if horizon is None else [f"train.{option.replace('-', '_')}={horizon}"]
+    # app.spelled writes these three as changes, in their place on the line; they reach a caller from Python as they are
+    keys = {"model.init_from": init_from, "train.max_steps": max_steps, "train.max_tokens": max_tokens}
+    changes += [f"{key}={value}" for key, value in keys.items() if value is not None]
     seconds = _seconds(max_time)
+    if resume not in ("auto", "never") and any(change.startswith("model.init_from=") for change in changes):
+        raise InputError("--resume STEP_DIR and --init-from are both given; a step has its own weights, drop one")
+    ways = {"--dry-run": dry_run, "--check-resume": check_resume, "--stop-at-step": stop_at_step, "--max-time": seconds}
+    _one_of(ways)
+    if console.wants_json() and not dry_run and not check_resume:
+        raise InputError("--json: pretrain prints a document only with --dry-run or --check-resume")
     resolved = recipe_files.load(names, changes)
+    asked = Asked(device, resume, out_dir, allow_change or (), no_prepare)
     with Signals() as signals:
-        job = training_job.prepare(resolved, device, resume, out_dir, allow_change or [], no_prepare)
-        if job is not None:
+        job = training_job.prepare(resolved, asked, scratch=dry_run or check_resume is not None)
+        if job is None:
+            return
+        if check_resume:
+            training_checks.check_resume(job, signals, check_resume)
+        elif dry_run:
+            training_checks.dry_run(job, signals)
+        else:
             _train(job, signals, seconds, stop_at_step, force_unlock)
+
+
+def _one_of(ways: Mapping[str, object]) -> None:
+    """Raises: InputError for a check beside another way to end."""
+    given = [option for option, value in ways.items() if value]
+    if len(given) > 1 and given[0] in ("--dry-run", "--check-resume"):
+        raise InputError(f"{given[0]} and {given[1]} are both given; expected one of them")
 
 
 def _seconds(text: str | None) -> float | None:
@@ -116,44 +166,13 @@ def _seconds(text: str | None) -> float | None:
     return seconds
 
 
-class Signals:
-    """The first SIGINT, SIGTERM or SIGUSR1 asks the run to stop after its step, the second ends the process at once.
-
-    Before training starts there is nothing to save, so the first one ends it too.
-    """
-
-    def __init__(self) -> None:
-        self.training = False
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None or not self.training:
-            raise SystemExit(128 + number)
-        self.number = number
-
-    def reason(self) -> str | None:
-        """Why the run is to stop, or None."""
-        return None if self.number is None else signal.Signals(self.number).name
-
-
 def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: int | None, force_unlock: bool) -> None:
     """Train, export, and print the result. Raises: Stopped if a signal, a file or the clock ended it early."""
     from megalodon.checkpoint.lock import RunLock
     from megalodon.checkpoint.store import clean_leftovers
     from megalodon.data.loader import token_bytes_table, validation_batches
     from megalodon.evaluation.perplexity import unigram_bits_per_byte
+    from megalodon.recipe import dump
     from megalodon.training.host_memory import keep_freed_memory
     from megalodon.training.loop import Run, train
     from megalodon.training.run import drop_unbegun
@@ -172,12 +191,13 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
         if lock.taken_over:
             console.note(f"{job.directory} was left by {lock.taken_over}, which is gone; taking over")
         clean_leftovers(job.directory)
-        record = training_job.record_of(job)
+        record = run_start.record_of(job)
+        console.settings().run = (job.directory, dump(job.resolved))
         screen = Screen(live, plan.horizon, config.log.every, record)
         sinks = places.enter_context(closing(Sinks(config.log.to, job.directory, screen)))
 
         def begin() -> None:
-            training_job.begin(job, record, unigram)
+            run_start.begin(job, record, unigram)
             sinks.open(job.frozen, offline=console.settings().offline)
 
         run = Run(
@@ -185,7 +205,9 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
             num_classes=tokenizer.vocab_size,
             bytes_table=bytes_table,
             about={"frozen": dict(job.frozen), "tokenizer": tokenizer.sha256, "horizon": plan.horizon},
-            tasks=training_job.tasks(job, bytes_table, lambda: signals.number is not None),
+            tasks=training_job.tasks(job, bytes_table, signals.asked),
+            initialise=lambda model: run_start.initialise(job, model),
+            resume_from=run_start.checkpoint_of(job),
             begin=begin,
             report=sinks,
             beat=lock.beat,
@@ -206,8 +228,8 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
             raise
         finally:
             signals.training = False
-    if result.status == "stopped" and result.saved is None and signals.number is not None:
-        raise SystemExit(128 + signals.number)
+    if result.status == "stopped" and result.saved is None and signals.asked():
+        raise SystemExit(128 + (signals.number or 0))
     if result.status == "stopped":
         state = "saved" if result.saved else "nothing to save yet"
         raise Stopped(f"{result.reason}: stopping after step {result.step:,}: {state}; the same command continues")

@@ -43,7 +43,7 @@ def failing(error: Exception, *arguments: str) -> Result:
         ("pretrain debug --max-step 3", "error: --max-step: no such option; did you mean --max-steps?"),
         ("recipes show", "error: missing argument `RECIPE"),
         ("recipes ls --color pink", "error: invalid value for `--color`"),
-        ("--json pretrain debug", "error: --json: pretrain prints no document"),
+        ("-q --json pretrain debug", "error: --json: pretrain prints a document only with --dry-run"),
         ("recipes show debug --optim.lr", "error: command line: --optim.lr: expected a value, such as --optim.lr 1e-3"),
         ("pretrain -c", "error: command line: -c: expected a value, such as -c my.yaml"),
         ("pretrain -c debugg", "error: no recipe debugg; did you mean debug?"),

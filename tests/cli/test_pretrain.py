@@ -1,6 +1,5 @@
 """`megalodon pretrain`: from text to a model directory, stopped and continued, and what it refuses."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -9,20 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from small_runs import metrics, pretrain, record
+from typer.testing import CliRunner
 
 import megalodon
 from megalodon.checkpoint.lock import RunLock
 from megalodon_cli.app import app
-
-SIZES = {"model_dim": 24, "z_dim": 12, "num_heads": 2, "value_dim": 34, "ffn_hidden_dim": 29, "cema_ndim": 3}
-TINY = [
-    *(f"model.{key}={value}" for key, value in SIZES.items()),
-    *("model.norm_num_groups=4", "model.chunk_size=10", "data.seq_len=37", "train.batch_tokens=148"),
-    *("train.max_steps=6", "eval.tokens=300", "eval.every=2", "eval.samples.max_new_tokens=5"),
-    *("checkpoint.every=2", "log.every=1"),
-]
-TIMES = {"tok_per_s", "seconds", "data_seconds", "peak_share", "memory"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,20 +24,6 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     shared.mkdir(exist_ok=True)
     Path("data").symlink_to(shared)
     monkeypatch.setattr("megalodon.training.metrics.matmul_peak", lambda *_: 1e9)
-
-
-def pretrain(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["pretrain", "debug", *TINY, *arguments])
-
-
-def metrics(run: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def record(run: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(run, "run.json").read_text())
-    return found
 
 
 def test_a_run_leaves_a_model_a_curve_and_the_next_commands() -> None:
@@ -227,7 +204,6 @@ REFUSED = {
     "averages that grow": (["optim.betas=[1.5,0.9]"], "expected two numbers from 0 to below 1"),
     "what is not there yet": (["train.compile=true"], "train.compile=true: true is not available here; expected auto"),
     "llama": (["model.arch=llama"], "model.arch=llama: llama is not available in pretrain; expected megalodon"),
-    "other weights": (["model.init_from=runs/x"], "runs/x is not available in pretrain; expected null"),
     "no data": (["--no-prepare", "data.dir=none"], "none holds no token store"),
     "no validation text": (["data.valid.fraction=0.0", "data.dir=no-valid"], "too few to validate on"),
     "windows that are too long": (

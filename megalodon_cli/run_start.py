@@ -1,0 +1,158 @@
+"""Where a run goes and how it begins there: a new one, one that goes on, a branch of another; its record.
+
+Not here: what is trained (training_job.py), the rules of a run directory (megalodon/training/run.py).
+"""
+
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megalodon_cli import checkpoints, console
+
+if TYPE_CHECKING:
+    from megalodon.model.megalodon import Megalodon
+    from megalodon.recipe import RunConfig
+    from megalodon.training.run import RunRecord
+    from megalodon_cli.training_job import Job
+
+
+class Asked(NamedTuple):
+    """What the command line says of a run besides its recipe."""
+
+    device: str = "auto"
+    resume: str = "auto"
+    """auto, never, or a step directory."""
+    out_dir: Path | None = None
+    allow: Sequence[str] = ()
+    """Frozen keys that may differ."""
+    no_prepare: bool = False
+
+
+def directory_of(config: "RunConfig", asked: Asked) -> Path:
+    """Return the directory of the run: -o, else that of the step to resume from, else runs/NAME."""
+    if asked.out_dir is None and asked.resume not in ("auto", "never"):
+        return Path(asked.resume).parent.parent
+    return asked.out_dir or Path("runs") / config.name
+
+
+def finished(directory: Path, config: "RunConfig", asked: Asked, frozen: dict[str, Any]) -> bool:
+    """Check the directory and whether the run in it has nothing left to do, which is said then.
+
+    Raises: CheckpointError for foreign files, another run, or one although none is wanted.
+    """
+    from megalodon.training.run import check_directory, open_record, start_at
+
+    check_directory(directory, fresh=asked.resume == "never")
+    if asked.resume not in ("auto", "never"):
+        step = Path(asked.resume)
+        start_at(step, directory)
+        open_record(step.parent.parent, frozen, asked.allow)
+    record = open_record(directory, frozen, asked.allow)
+    if not record or not record.finished or record.values.get("horizon") != _horizon(config):
+        return False
+    console.result(f"{directory} is finished: {record.values['step']:,} steps")
+    console.result(f"  next: {' · '.join(next_commands(directory))}")
+    return True
+
+
+def next_commands(directory: Path) -> list[str]:
+    """Return what makes sense once a run is finished."""
+    name = directory.name if directory.parent == Path("runs") else str(directory)
+    return [shlex.join(["megalodon", *words]) for words in (["generate", name, "-p", "TEXT"], ["runs", "show", name])]
+
+
+def _horizon(config: "RunConfig") -> dict[str, Any]:
+    train = config.train
+    return {"max_steps": train.max_steps, "max_tokens": train.max_tokens, "max_epochs": train.max_epochs}
+
+
+def record_of(job: "Job") -> "RunRecord":
+    """Return the record of the run in the directory, or of a new one, not yet written. Called under the lock."""
+    from megalodon.training.run import branch_point, new_record, open_record
+
+    if record := open_record(job.directory, job.frozen, job.asked.allow):
+        return record
+    about: dict[str, Any] = {"name": job.config.name, "kind": job.config.kind, "step": 0, "tokens": 0}
+    frozen = dict(job.frozen)
+    if step := checkpoint_of(job):
+        source = open_record(step.parent.parent, frozen, job.asked.allow)
+        about |= {"branched_from": branch_point(step), "step": branch_point(step)["step"]}
+        frozen = source.values["frozen"] if source else frozen
+    return new_record(job.directory, frozen, **about)
+
+
+def checkpoint_of(job: "Job") -> Path | None:
+    """Return the one checkpoint to continue from; None for the newest good one of the run. Called under the lock."""
+    from megalodon.training.run import start_at
+
+    resume = job.asked.resume
+    return None if resume in ("auto", "never") else start_at(Path(resume), job.directory)
+
+
+def begin(job: "Job", record: "RunRecord", unigram: float | None) -> None:
+    """Write down what this run is; says how it begins. Called once it can go on, before anything else is written."""
+    from megalodon.checkpoint.store import write_json
+    from megalodon.recipe import dump
+    from megalodon.training.run import environment
+
+    directory, plan = job.directory, job.plan
+    _say_how(job, record)
+    pairs = {key: [record.values["frozen"].get(key), job.frozen.get(key)] for key in job.asked.allow}
+    allowed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    record.update(
+        status="running",
+        error=None,
+        steps=plan.horizon,
+        horizon=_horizon(job.config),
+        parameters=job.model_config.num_parameters(),
+        unigram_bits_per_byte=unigram,
+        frozen=dict(job.frozen),
+        allowed=[*record.values["allowed"], *([allowed] if allowed else [])],
+        next=[shlex.join(["megalodon", "pretrain", str(directory / "recipe.yaml"), "-o", str(directory)])],
+    )
+    recipe = dump(job.resolved)
+    command = shlex.join(["megalodon", *sys.argv[1:]]) + "\n"
+    for name, text in (("recipe.yaml", recipe), ("command.txt", command)):  # names in another encoding keep their bytes
+        (directory / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    write_json(directory / "environment.json", environment(plan.device))
+
+
+def _say_how(job: "Job", record: "RunRecord") -> None:
+    from megalodon.checkpoint.store import steps_in
+    from megalodon.training.schedule import learning_rate
+
+    directory, plan, before = job.directory, job.plan, record.values.get("steps")
+    origin = record.values.get("branched_from")
+    unsaved = not steps_in(directory / "checkpoints")
+    if before is None and origin:
+        console.info(f"{directory}: a new run, a branch of {origin['run']} from step {origin['step']:,} on")
+        curve = Path(origin["run"]) / "metrics.jsonl"  # its rows after that step are cut off when it is opened
+        if curve.exists():
+            shutil.copyfile(curve, directory / "metrics.jsonl")
+    elif before is None:
+        console.info(f"{directory}: a new run, starting at step 0")
+    elif unsaved and not origin:
+        console.info(f"{directory}: the run ended before its first save; starting at step 0")
+    if before is not None and before != plan.horizon:
+        step = int(record.values["step"])
+        rates = [learning_rate(plan.optim, step + 1, n, plan.batch_tokens) for n in (before, plan.horizon)]
+        console.note(
+            f"horizon {before:,} -> {plan.horizon:,} steps; lr of step {step + 1:,}: {rates[0]:.3g} -> {rates[1]:.3g}"
+        )
+
+
+def initialise(job: "Job", model: "Megalodon") -> None:
+    """Give a new run the weights that model.init_from names, if any. Raises: CheckpointError if they do not fit."""
+    from megalodon.model.weights import copy_weights
+
+    given = job.config.model.init_from
+    if given is None:
+        return
+    found = checkpoints.weights(given)
+    if found.tokenizer not in (None, job.prepared.tokenizer.sha256):
+        console.warning(f"{found.source} was trained with another tokenizer; its embeddings mean other tokens")
+    copy_weights(model, found.tensors, found.source)
+    console.info(f"{job.directory}: weights from {found.source}")
