@@ -196,7 +196,7 @@ def _kill_in(monkeypatch: pytest.MonkeyPatch, place: str, times: int, when: int)
 
 
 PLACES = {
-    "a micro-batch": ("megalodon.training.loop.cross_entropy", 6),
+    "a micro-batch": ("megalodon.training.loop.loss_sums", 6),
     "an evaluation": ("megalodon.evaluation.perplexity.evaluate", 2),
     "a sample": ("megalodon.inference.session.generate", 1),
     "a save": ("megalodon.checkpoint.saver.save_step", 1),
