@@ -509,12 +509,11 @@ class Trainer:
         abandoned = abandoned_after(self.checkpoints, self.rollbacks)
         before = None if abandoned is None else abandoned + 1
         verify, wanted = self.plan.checkpoint.verify, self.run.resume_from
-        saved: Saved | None
-        if wanted is not None:
-            saved, faults = verify_step(wanted, verify), []
-        else:
+        if wanted is None:
             saved, faults = newest_good_step(self.checkpoints, verify, before=before)
-        self._tell(faults)
+            self._tell(faults)
+        else:
+            saved = verify_step(wanted, verify)
         if saved is not None:
             self._restore(saved)
         else:

@@ -1,5 +1,6 @@
 """`megalodon pretrain`: from text to a model directory, stopped and continued, and what it refuses."""
 
+import json
 import os
 import signal
 from pathlib import Path
