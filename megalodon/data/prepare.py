@@ -8,28 +8,20 @@ Nothing is dropped in silence: every document and token is accounted for in the 
 Not here: the files themselves (megalodon/data/shards.py), reading text (megalodon/data/ingest.py).
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from megalodon.data.ingest import (
-    CorpusConfig,
-    Document,
-    Inputs,
-    Rejects,
-    SourceConfig,
-    check_distinct,
-    content,
-    documents,
-    hub_revision,
-    resolve,
-    sample_texts,
-)
-from megalodon.data.shards import MANIFEST, ShardWriter, Store, TokenDocument, check_shape, open_store, written_aside
+from megalodon.data.build import Built, Hub, build
+from megalodon.data.encode import PIECE, Setup
+from megalodon.data.hub import hub_revision
+from megalodon.data.ingest import CorpusConfig, Inputs, SourceConfig, check_distinct, content, resolve
+from megalodon.data.journal import Workspace, entry, remove_leftovers, workspace
+from megalodon.data.reading import MAX_RECORD
+from megalodon.data.sampling import sample_texts
+from megalodon.data.shards import MANIFEST, Store, check_shape, open_store, sync, write_manifest
+from megalodon.data.tasks import LARGEST_TASK, total_bytes
 from megalodon.data.tokenizer import (
     ByteTokenizer,
     Tokenizer,
@@ -38,11 +30,11 @@ from megalodon.data.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
+from megalodon.data.workers import DEFAULT_MEM, Budget, plan
 from megalodon.errors import CheckFailed, DataError, EnvironmentFault
 
-VALID, TOKENIZER, REJECTS = "valid", "tokenizer", "rejects.jsonl"
+VALID, TOKENIZER = "valid", "tokenizer"
 _VALID_SOURCE = "valid"
-_REPORT_BYTES = 1 << 20
 
 
 class Progress(NamedTuple):
@@ -52,6 +44,7 @@ class Progress(NamedTuple):
     """`tokenizer` while one is trained, then `tokens`."""
     documents: int
     bytes: int
+    """Bytes of input."""
     total_bytes: int | None
     """Bytes of all sources; None if a source does not know its size."""
     tokens: int
@@ -74,20 +67,35 @@ class Ledger(NamedTuple):
     valid: int
     bytes: int
     """Bytes of the text of the documents that were kept."""
+    split: int = 0
+    """Documents among those kept that were cut, for their length, where an id might have spanned the cut."""
+    bytes_read: int = 0
+    """Bytes of the text of all documents."""
+    bytes_empty: int = 0
+    bytes_duplicate: int = 0
+    bytes_rejected: int = 0
 
     def check(self) -> None:
         """Raises: CheckFailed if documents or tokens are lost between reading and writing."""
         if self.read != (whole := self.kept + self.empty + self.duplicate + self.rejected):
             raise CheckFailed(f"documents read {self.read:,}, but kept, empty, duplicate and rejected sum to {whole:,}")
+        dropped = self.bytes_empty + self.bytes_duplicate + self.bytes_rejected
+        if self.bytes_read != (whole := self.bytes + dropped):
+            raise CheckFailed(f"bytes read {self.bytes_read:,}, but kept and dropped ones sum to {whole:,}")
+        if self.split > self.kept:
+            raise CheckFailed(f"documents split {self.split:,}, but kept {self.kept:,}")
         if self.tokens != self.train + self.valid:
             raise CheckFailed(f"tokens kept {self.tokens:,}, but train and valid sum to {self.train + self.valid:,}")
 
     def lines(self) -> list[str]:
         """Return the ledger as the command prints it."""
+        cut = f"    {self.split:,} of those kept were split" if self.split else ""
         ratio = f", {self.bytes / self.tokens:.2f} bytes/token" if self.tokens else ""
         return [
             f"documents  read {self.read:,} = kept {self.kept:,} + empty {self.empty:,} "
-            f"+ duplicate {self.duplicate:,} + rejected {self.rejected:,}",
+            f"+ duplicate {self.duplicate:,} + rejected {self.rejected:,}{cut}",
+            f"bytes      read {self.bytes_read:,} = kept {self.bytes:,} + empty {self.bytes_empty:,} "
+            f"+ duplicate {self.bytes_duplicate:,} + rejected {self.bytes_rejected:,}",
             f"tokens     kept {self.tokens:,} = train {self.train:,} + valid {self.valid:,}"
             f"    from {self.bytes:,} bytes{ratio}",
         ]
@@ -170,24 +178,47 @@ def prepare_store(
     directory: Path,
     progress: Report | None = None,
     offline: bool = False,
+    workers: int | None = None,
+    mem: int = DEFAULT_MEM,
+    tell: Callable[[str], None] | None = None,
 ) -> Prepared:
     """Build the token store of a recipe in `directory`, or open the one that is there.
 
-    Raises: DataError for text, tokenizer or a store that does not fit, naming what differs; EnvironmentFault for a
-    missing library, network or disk space; CheckFailed if the ledger does not add up. On any error nothing appears.
+    workers: processes that encode; None for all cores. mem: bytes that all processes together stay under. The store
+    depends on neither, nor on interruptions: the same call continues what a killed one has done. tell: is told what was
+    found before the work begins.
+    Raises: InputError for too little memory; DataError for text, tokenizer or a store that does not fit, naming what
+    differs; EnvironmentFault for a missing library, network or disk space, or a killed worker; CheckFailed if the
+    ledger does not add up. On an error nothing appears but what the same call can use, beside `directory`.
     """
     if not data.sources:
         raise DataError("data.sources is empty; expected at least one source with path, hf or builtin")
     configs = [*data.sources, *_valid_source(data)]
     model_file = check_path(tokenizer)
     if (directory / MANIFEST).exists():
+        remove_leftovers(directory)
         return _reuse(data, configs, tokenizer, model_file, directory)
     sources = [resolve(config) for config in configs]
     check_distinct(sources)
-    with written_aside(directory) as aside:
-        _build(data, sources, tokenizer, model_file, aside, progress or (lambda _: None), offline)
-    found = tuple(inputs.describe() for inputs in sources)
-    return open_prepared(directory)._replace(up_to_date=False, notes=found)
+    budget = plan(workers, mem, any(config.hf is not None for config in configs))
+    revisions = {config.name: hub_revision(config, offline) for config in configs if config.hf is not None}
+    known = {inputs.config.name: content(inputs, budget.workers) for inputs in sources}
+    request = {
+        "request": _request(data, configs, tokenizer),
+        "content": known,
+        "revisions": revisions,
+        "tokenizer": load_tokenizer(model_file).sha256 if model_file else None,
+        "cut": [LARGEST_TASK, MAX_RECORD, PIECE],
+    }
+    tell = tell or (lambda _: None)
+    for line in (*(inputs.describe() for inputs in sources), budget.describe()):
+        tell(line)
+    with workspace(directory, request) as work:
+        notes = (work.note,) if work.note else ()
+        job = _Job(data, sources, tokenizer, model_file, budget, Hub(revisions, offline), known)
+        _build(job, work, progress or (lambda _: None))
+        work.commit()
+    return open_prepared(directory)._replace(up_to_date=False, notes=notes)
 
 
 def _valid_source(data: CorpusConfig) -> list[SourceConfig]:
@@ -276,154 +307,109 @@ def _reuse(
 # ------------------------------------------------------------------------------------------------ building
 
 
-def is_valid(text: str, fraction: float) -> bool:
-    """Return whether a document is kept for validation: a matter of its text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < fraction * 2**64
+class _Job(NamedTuple):
+    """What is built, and how."""
+
+    data: CorpusConfig
+    sources: Sequence[Inputs]
+    tokenizer: TokenizerConfig
+    model_file: Path | None
+    budget: Budget
+    hub: Hub
+    content: Mapping[str, tuple[int, str] | None]
 
 
-def _tokenizer(
-    data: CorpusConfig,
-    sources: Sequence[Inputs],
-    config: TokenizerConfig,
-    model_file: Path | None,
-    report: Report,
-    offline: bool,
-    revisions: Mapping[str, str],
-) -> Tokenizer:
+def _tokenizer(job: _Job, work: Workspace, report: Report) -> Tokenizer:
+    """Return the tokenizer of the store, given, trained now or before; it is saved in the store."""
+    folder = work.store / TOKENIZER
+    if work.done(TOKENIZER):
+        return load_tokenizer(folder)
+    config, trained = job.tokenizer, False
     if config.kind == "bytes":
-        return ByteTokenizer(config.reserve)
-    if model_file is not None:
-        return load_tokenizer(model_file)
-    report(Progress("tokenizer", 0, 0, min(config.sample, _total_bytes(sources) or config.sample), 0))
+        tokenizer: Tokenizer = ByteTokenizer(config.reserve)
+    elif job.model_file is not None:
+        tokenizer = load_tokenizer(job.model_file)
+    else:
+        tokenizer, trained = _train(job, report), True
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(folder)
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+    if trained:
+        files = [entry(path, f"store/{TOKENIZER}/{path.name}") for path in folder.iterdir()]
+        work.add(TOKENIZER, tokenizer.sha256, files)
+    return tokenizer
+
+
+def _train(job: _Job, report: Report) -> Tokenizer:
+    config, data = job.tokenizer, job.data
+    report(Progress("tokenizer", 0, 0, min(config.sample, total_bytes(job.sources) or config.sample), 0))
     fraction = data.valid.fraction if data.valid.path is None else 0.0
-    trained_on = [inputs for inputs in sources if inputs.config.name != _VALID_SOURCE or data.valid.path is None]
-    texts = sample_texts(
-        trained_on, config.sample, lambda text: not is_valid(text, fraction), data.max_rejects(), offline, revisions
-    )
+    trained_on = [inputs for inputs in job.sources if inputs.config.name != _VALID_SOURCE or data.valid.path is None]
+    texts = sample_texts(trained_on, config.sample, fraction, job.hub.offline, job.hub.revisions)
     return train_sentencepiece(texts, config.vocab_size, config.reserve, config.model_type)
 
 
-def _total_bytes(sources: Sequence[Inputs]) -> int | None:
-    if any(not inputs.files for inputs in sources):
-        return None
-    return sum(file.size for inputs in sources for file in inputs.files)
-
-
-class _Builder:
-    """Sends each document to the training or the validation part and counts all of them."""
-
-    def __init__(self, data: CorpusConfig, tokenizer: Tokenizer, aside: Path) -> None:
-        self.data, self.tokenizer = data, tokenizer
-        self.train = ShardWriter(aside, tokenizer.vocab_size)
-        self.valid = ShardWriter(aside / VALID, tokenizer.vocab_size)
-        self.read = self.kept = self.empty = self.duplicate = self.tokens = self.bytes = 0
-        self._seen: set[bytes] = set()
-
-    def add(self, document: Document) -> None:
-        self.read += 1
-        if not document.text or document.text.isspace():
-            self.empty += 1
-            return
-        raw = document.text.encode()
-        if self.data.dedup == "exact":
-            digest = hashlib.blake2b(raw, digest_size=16).digest()
-            if digest in self._seen:
-                self.duplicate += 1
-                return
-            self._seen.add(digest)
-        bos, eos = [self.tokenizer.bos_id] * self.data.bos, [self.tokenizer.eos_id] * self.data.eos
-        ids = np.array([*bos, *self.tokenizer.encode(document.text), *eos], dtype=np.int64)
-        if self.data.valid.path is not None:
-            to_valid = document.source == _VALID_SOURCE
-        else:
-            to_valid = is_valid(document.text, self.data.valid.fraction)
-        (self.valid if to_valid else self.train).add(TokenDocument(document.source, ids, len(raw)))
-        self.kept += 1
-        self.tokens += len(ids)
-        self.bytes += len(raw)
-
-
-def _build(
-    data: CorpusConfig,
-    sources: Sequence[Inputs],
-    config: TokenizerConfig,
-    model_file: Path | None,
-    aside: Path,
-    report: Report,
-    offline: bool,
-) -> None:
-    revisions = {i.config.name: hub_revision(i.config, offline) for i in sources if i.config.hf is not None}
-    tokenizer = _tokenizer(data, sources, config, model_file, report, offline, revisions)
-    (aside / TOKENIZER).mkdir()
-    tokenizer.save(aside / TOKENIZER)
-    rejects, builder, entries = Rejects(data.max_rejects()), _Builder(data, tokenizer, aside), []
-    total, reported, seen_bytes = _total_bytes(sources), 0, 0
+def _build(job: _Job, work: Workspace, report: Report) -> None:
+    tokenizer = _tokenizer(job, work, report)
+    data, total = job.data, total_bytes(job.sources)
+    own_valid = data.valid.path is not None
     # Validation text of its own goes first, so that dedup removes its copies from the training text.
-    order = sorted(sources, key=lambda inputs: inputs.config.name != _VALID_SOURCE or data.valid.path is None)
-    try:
-        for inputs in order:
-            digest, own_bytes = hashlib.sha256(), 0
-            for document in documents(inputs, rejects, revisions.get(inputs.config.name), offline):
-                builder.add(document)
-                size = len(document.text.encode())
-                seen_bytes += size
-                if inputs.config.hf is not None:
-                    own_bytes += size
-                    digest.update(document.text.encode() + b"\0")
-                if seen_bytes - reported >= _REPORT_BYTES:
-                    reported = seen_bytes
-                    report(Progress("tokens", builder.read, seen_bytes, total, builder.tokens))
-            known = content(inputs) or (own_bytes, digest.hexdigest())
-            entry: dict[str, Any] = {"name": inputs.config.name, "bytes": known[0], "sha256": known[1]}
-            if inputs.config.hf is not None:
-                entry["revision"] = revisions[inputs.config.name]
-            entries.append(entry)
-    finally:
-        builder.train.close()
-        builder.valid.close()
-    report(Progress("tokens", builder.read, seen_bytes, total, builder.tokens))
-    _finish(data, [inputs.config for inputs in sources], config, builder, rejects, entries, aside)
-
-
-def _finish(
-    data: CorpusConfig,
-    configs: Sequence[SourceConfig],
-    config: TokenizerConfig,
-    builder: _Builder,
-    rejects: Rejects,
-    entries: list[dict[str, Any]],
-    aside: Path,
-) -> None:
-    """Check the ledger, refuse empty parts, write both manifests."""
-    rejected = len(rejects.records)
-    ledger = Ledger(
-        read=builder.read + rejected,
-        kept=builder.kept,
-        empty=builder.empty,
-        duplicate=builder.duplicate,
-        rejected=rejected,
-        tokens=builder.tokens,
-        train=builder.train.tokens,
-        valid=builder.valid.tokens,
-        bytes=builder.bytes,
+    order = sorted(job.sources, key=lambda inputs: not (own_valid and inputs.config.name == _VALID_SOURCE))
+    shards = work.path / "raw" if data.dedup == "exact" else work.store
+    setup = Setup(
+        sources=tuple(order),
+        work=work.path,
+        tokenizer=work.store / TOKENIZER,
+        parts=(shards, shards / VALID),
+        bos=data.bos,
+        eos=data.eos,
+        fraction=0.0 if own_valid else data.valid.fraction,
+        valid_source=_VALID_SOURCE if own_valid else "",
+        limit=data.max_rejects(),
+        dedup=data.dedup == "exact",
+        whole=job.budget.whole,
     )
+
+    def told(documents: int, size: int, tokens: int) -> None:
+        report(Progress("tokens", documents, size, total, tokens))
+
+    built = build(work, setup, job.budget, job.hub, tokenizer.vocab_size, told)
+    ledger = _ledger(built)
+    report(Progress("tokens", ledger.read, total or ledger.bytes_read, total, ledger.tokens))
+    _finish(job, built, ledger, tokenizer, work)
+
+
+def _ledger(built: Built) -> Ledger:
+    counts, (train, valid) = built.counts, [sum(shard["tokens"] for shard in part) for part in built.shards]
+    names = ("kept", "empty", "duplicate", "rejected", "bytes", "split")
+    sizes = ("bytes_empty", "bytes_duplicate", "bytes_rejected")
+    own = {name: counts.get(name, 0) for name in (*names, *sizes, "read", "bytes_read")}
+    return Ledger(tokens=train + valid, train=train, valid=valid, **own)
+
+
+def _finish(job: _Job, built: Built, ledger: Ledger, tokenizer: Tokenizer, work: Workspace) -> None:
+    """Check the ledger, refuse empty parts, write both manifests."""
     ledger.check()
-    _refuse_empty(data, ledger)
-    if rejects.records:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejects.records)
-        # A file name that is not UTF-8 becomes \udcXX, which JSON reads back as the same name.
-        (aside / REJECTS).write_text(lines, encoding="utf-8", errors="backslashreplace", newline="\n")
-    tokenizer = builder.tokenizer
+    _refuse_empty(job.data, ledger)
+    entries = []
+    for inputs in job.sources:
+        name = inputs.config.name
+        size, sha = job.content[name] or built.hub[name]
+        revision = {"revision": job.hub.revisions[name]} if name in job.hub.revisions else {}
+        entries.append({"name": name, "bytes": size, "sha256": sha, **revision})
     about: Mapping[str, Any] = {
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
-        "bos": data.bos,
-        "eos": data.eos,
+        "bos": job.data.bos,
+        "eos": job.data.eos,
         "sources": sorted(entries, key=lambda entry: str(entry["name"])),
-        "request": _request(data, configs, config),
+        "request": _request(job.data, [inputs.config for inputs in job.sources], job.tokenizer),
         "ledger": ledger._asdict(),
     }
-    fingerprint = builder.valid.finish({**about, "part": "valid"})
-    builder.train.finish({**about, "part": "train", "valid_fingerprint": fingerprint})
+    train, valid = built.shards
+    fingerprint = write_manifest(work.store / VALID, valid, tokenizer.vocab_size, {**about, "part": "valid"})
+    of_train = {**about, "part": "train", "valid_fingerprint": fingerprint}
+    write_manifest(work.store, train, tokenizer.vocab_size, of_train)
 
 
 def _refuse_empty(data: CorpusConfig, ledger: Ledger) -> None:

@@ -4,6 +4,7 @@
     DIR/00000.bin        tokens, little-endian, no header: uint16 if vocab_size <= 65,536, else uint32
     DIR/00000.idx        .npy int64[documents + 1]: document starts; first 0, strictly increasing, last = token count
 
+Names of shards increase, but may leave out numbers: they are those of the tasks that the text was cut into.
 A shard holds documents of one source. A directory takes its name only when it is complete.
 Not here: from a recipe to a store (megalodon/data/prepare.py), windows and batches (megalodon/data/loader.py).
 """
@@ -17,7 +18,7 @@ import os
 import re
 import shutil
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ FORMAT, VERSION = "megalodon-tokens", 1
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 27
 """A shard is closed at the end of the document that reaches this many tokens."""
+
+_HELD_TOKENS = 1 << 16
+"""Tokens that are held before they are written, and document starts."""
 
 Int64s = NDArray[np.int64]
 
@@ -55,92 +59,170 @@ class TokenDocument(NamedTuple):
     text_bytes: int
 
 
+class ShardFile:
+    """One shard while it is written: under names of its own, which a killed process leaves; `close` gives it its name.
+
+    Tokens come in pieces of any size: `extend`, then `end_document`. Memory is bounded, whatever the shard's size.
+    """
+
+    def __init__(self, directory: Path, name: str, source: str, vocab_size: int) -> None:
+        self.name, self.source, self.vocab_size = name, source, vocab_size
+        self.tokens = self.documents = 0
+        self._dtype = token_dtype(vocab_size)
+        self._text_bytes, self._max_id, self._hash = 0, -1, hashlib.sha256()
+        self._held: list[NDArray[Any]] = []
+        self._num_held = 0
+        self._starts = [0]
+        self._finals = [directory / f"{name}.bin", directory / f"{name}.idx"]
+        self._paths = [directory / f".tmp-{os.getpid()}-{final.name}" for final in self._finals]
+        self._binary, self._index = self._paths[0].open("wb"), self._paths[1].open("wb")
+        self._write_header(0)  # it keeps its length when the number of documents is known
+
+    @property
+    def tokens_so_far(self) -> int:
+        """Ids appended, also those that are not yet written."""
+        return self.tokens + self._num_held
+
+    def _write_header(self, rows: int) -> None:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (rows,)}
+        np.lib.format.write_array_header_1_0(self._index, header)
+
+    def extend(self, ids: NDArray[Any]) -> None:
+        """Append ids, an integer array, to the open document. Raises: DataError for an id outside the vocabulary."""
+        self._held.append(ids)
+        self._num_held += len(ids)
+        if self._num_held >= _HELD_TOKENS:
+            self._flush()
+
+    def end_document(self, text_bytes: int) -> None:
+        """End the open document, a text of so many bytes. Raises: DataError if it has no ids."""
+        end = self.tokens_so_far
+        if end == self._starts[-1]:
+            raise _no_fit(self.source, 0, -1, self.vocab_size)
+        self._starts.append(end)
+        self.documents += 1
+        self._text_bytes += text_bytes
+        if len(self._starts) >= _HELD_TOKENS:
+            self._flush_starts()
+
+    def _flush(self) -> None:
+        if not self._num_held:
+            return
+        ids = np.concatenate(self._held)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise _no_fit(self.source, low, high, self.vocab_size)
+        raw = ids.astype(self._dtype).tobytes()
+        self._binary.write(raw)
+        self._hash.update(raw)
+        self._max_id = max(self._max_id, high)
+        self.tokens += self._num_held
+        self._held, self._num_held = [], 0
+
+    def _flush_starts(self) -> None:
+        self._index.write(np.array(self._starts[:-1], dtype="<i8").tobytes())
+        del self._starts[:-1]
+
+    def close(self) -> dict[str, Any]:
+        """Bring the shard to the disk and give it its name; returns its entry of the manifest."""
+        self._flush()
+        self._flush_starts()
+        self._index.write(np.array(self._starts, dtype="<i8").tobytes())
+        self._index.seek(0)
+        self._write_header(self.documents + 1)
+        sizes = []
+        for stream in (self._binary, self._index):
+            stream.flush()
+            os.fsync(stream.fileno())
+            sizes.append(os.fstat(stream.fileno()).st_size)
+            stream.close()
+        hashes = [self._hash.hexdigest(), file_sha256(self._paths[1])]
+        for path, final in zip(self._paths, self._finals, strict=True):
+            os.replace(path, final)
+        return {
+            "name": self.name,
+            "source": self.source,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "text_bytes": self._text_bytes,
+            "max_id": self._max_id,
+            "files": [
+                {"name": final.name, "bytes": size, "sha256": sha}
+                for final, size, sha in zip(self._finals, sizes, hashes, strict=True)
+            ],
+        }
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        for stream, path in ((self._binary, self._paths[0]), (self._index, self._paths[1])):
+            stream.close()
+            path.unlink(missing_ok=True)
+
+
+def _no_fit(source: str, low: int, high: int, vocab_size: int) -> DataError:
+    return DataError(
+        f"source {source}: token ids {low:,} to {high:,} of a document do not fit a vocabulary of "
+        f"{vocab_size:,}; expected one or more ids in 0 to {vocab_size - 1:,}"
+    )
+
+
 class ShardWriter:
     """Writes documents into the shards of one part, one at a time, in bounded memory."""
 
     def __init__(self, directory: Path, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
         self.directory, self.vocab_size, self.shard_tokens = directory, vocab_size, shard_tokens
-        self.dtype = token_dtype(vocab_size)
-        self.tokens = self.documents = self.text_bytes = 0
-        self._shards: list[dict[str, Any]] = []
-        self._stream: Any = None
-        self._source = ""
-        self._starts: list[int] = []
+        self._entries: list[dict[str, Any]] = []
+        self._shard: ShardFile | None = None
+        self._written = 0
         directory.mkdir(parents=True, exist_ok=True)
 
     def add(self, document: TokenDocument) -> None:
         """Append one document. Raises: DataError for an id outside the vocabulary, before anything is cast."""
         low, high = int(document.ids.min(initial=0)), int(document.ids.max(initial=-1))
         if not len(document.ids) or low < 0 or high >= self.vocab_size:
-            raise DataError(
-                f"source {document.source}: token ids {low:,} to {high:,} of a document do not fit a vocabulary of "
-                f"{self.vocab_size:,}; expected one or more ids in 0 to {self.vocab_size - 1:,}"
-            )
-        if self._stream is not None and (self._source != document.source or self._starts[-1] >= self.shard_tokens):
-            self._close_shard()
-        if self._stream is None:
-            self._source, self._starts, self._max_id, self._text_bytes = document.source, [0], 0, 0
-            self._hash, self._name = hashlib.sha256(), f"{len(self._shards):05d}"
-            self._stream = (self.directory / f"{self._name}.bin").open("wb")
-        raw = document.ids.astype(self.dtype).tobytes()
-        self._stream.write(raw)
-        self._hash.update(raw)
-        self._starts.append(self._starts[-1] + len(document.ids))
-        self._max_id = max(self._max_id, high)
-        self._text_bytes += document.text_bytes
-        self.tokens += len(document.ids)
-        self.documents += 1
-        self.text_bytes += document.text_bytes
-
-    def _close_shard(self) -> None:
-        size = self._stream.tell()
-        self._stream.close()
-        self._stream = None
-        index = self.directory / f"{self._name}.idx"
-        with index.open("wb") as stream:
-            np.save(stream, np.array(self._starts, dtype="<i8"))
-        files = [
-            {"name": f"{self._name}.bin", "bytes": size, "sha256": self._hash.hexdigest()},
-            {"name": index.name, "bytes": index.stat().st_size, "sha256": file_sha256(index)},
-        ]
-        self._shards.append(
-            {
-                "name": self._name,
-                "source": self._source,
-                "tokens": self._starts[-1],
-                "documents": len(self._starts) - 1,
-                "text_bytes": self._text_bytes,
-                "max_id": self._max_id,
-                "files": files,
-            }
-        )
+            raise _no_fit(document.source, low, high, self.vocab_size)
+        if self._shard and (self._shard.source != document.source or self._written >= self.shard_tokens):
+            self.close()
+        if self._shard is None:
+            self._written = 0
+            self._shard = ShardFile(self.directory, f"{len(self._entries):05d}", document.source, self.vocab_size)
+        self._shard.extend(document.ids)
+        self._shard.end_document(document.text_bytes)
+        self._written += len(document.ids)
 
     def close(self) -> None:
         """Close the open shard, if any; safe to call after an error."""
-        if self._stream is not None:
-            self._close_shard()
+        if self._shard is not None:
+            self._entries.append(self._shard.close())
+            self._shard = None
 
     def finish(self, about: Mapping[str, Any]) -> str:
         """Write the manifest, last; returns the fingerprint. about: what else it records (tokenizer, sources …)."""
         self.close()
-        manifest = canonical(
-            {
-                **about,
-                "format": FORMAT,
-                "version": VERSION,
-                "dtype": self.dtype.name,
-                "vocab_size": self.vocab_size,
-                "tokens": self.tokens,
-                "documents": self.documents,
-                "text_bytes": self.text_bytes,
-                "shards": self._shards,
-            }
-        )
-        (self.directory / MANIFEST).write_bytes(manifest)
-        return hashlib.sha256(manifest).hexdigest()
+        return write_manifest(self.directory, self._entries, self.vocab_size, about)
 
 
-def _sync(path: Path) -> None:
+def write_manifest(
+    directory: Path, shards: Sequence[Mapping[str, Any]], vocab_size: int, about: Mapping[str, Any]
+) -> str:
+    """Write the manifest of a part from the entries of its shards; returns the fingerprint."""
+    sums = {key: sum(int(shard[key]) for shard in shards) for key in ("tokens", "documents", "text_bytes")}
+    manifest = canonical(
+        {
+            **about,
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": token_dtype(vocab_size).name,
+            "vocab_size": vocab_size,
+            **sums,
+            "shards": list(shards),
+        }
+    )
+    (directory / MANIFEST).write_bytes(manifest)
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def sync(path: Path) -> None:
     """Bring a file or the names in a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -163,14 +245,9 @@ def written_aside(directory: Path) -> Iterator[Path]:
     Raises: DataError if `directory` already holds something or another process makes it meanwhile, or if a file stands
     where a directory must be made.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir()) or directory.samefile(os.curdir)):
-        raise DataError(f"{directory} already exists and is not a token store; choose another directory or remove it")
+    make_place(directory)
     aside = directory.parent / f".tmp-{os.getpid()}-{directory.name}"
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(directory)
-    except (FileExistsError, NotADirectoryError):
-        raise DataError(f"{directory}: {directory.parent} is not a directory; choose another place") from None
+    _remove_abandoned(directory)
     try:
         aside.mkdir()
     except FileExistsError:
@@ -179,20 +256,31 @@ def written_aside(directory: Path) -> Iterator[Path]:
         with _held(aside):
             yield aside
         for path in (*aside.rglob("*"), aside):
-            _sync(path)
-        _give_name(aside, directory)
+            sync(path)
+        give_name(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _give_name(aside: Path, directory: Path) -> None:
+def make_place(directory: Path) -> None:
+    """Make the folder that will hold a store. Raises: DataError if its name is taken or a file is in the way."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir()) or directory.samefile(os.curdir)):
+        raise DataError(f"{directory} already exists and is not a token store; choose another directory or remove it")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"{directory}: {directory.parent} is not a directory; choose another place") from None
+
+
+def give_name(aside: Path, directory: Path) -> None:
+    """Rename a complete directory to its final name: the commit. Raises: DataError if one has that name meanwhile."""
     try:
         os.replace(aside, directory)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise DataError(f"{directory} was made by another process meanwhile; the same command opens that one") from None
-    _sync(directory.parent)
+    sync(directory.parent)
 
 
 @contextlib.contextmanager
@@ -389,10 +477,15 @@ def _checked_manifest(path: Path, raw: bytes) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise DataError(f"{path}: version is {manifest.get('version')}, this program reads {VERSION}; tokenize again")
     check_shape(path, manifest, _PART)
+    last = -1
     for number, entry in enumerate(manifest["shards"]):
         names = [entry["name"], *(file["name"] for file in entry["files"])]
-        if names != (wanted := [f"{number:05d}", f"{number:05d}.bin", f"{number:05d}.idx"]):
+        task = int(entry["name"]) if re.fullmatch("[0-9]{5,}", entry["name"]) else -1
+        name = f"{max(task, last + 1):05d}"  # a shard is named after its task; a task may have no shard in this part
+        if task <= last or names != [name, f"{name}.bin", f"{name}.idx"]:
+            wanted = [name, f"{name}.bin", f"{name}.idx"]
             raise DataError(f"{path}: shards.{number} names {names}, expected {wanted}; tokenize again")
+        last = task
     if manifest.get("dtype") != (expected := token_dtype(manifest["vocab_size"]).name):
         raise DataError(
             f"{path}: dtype is {manifest.get('dtype')}, expected {expected} for its vocab_size; tokenize again"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
 
@@ -69,6 +69,25 @@ def tokenize(
         Literal["none", "exact"] | None,
         typer.Option(help="Drop documents whose text came before; none if left out.", rich_help_panel="Run"),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            "-j",
+            metavar="N",
+            help="Processes that encode; all cores if left out. The store does not depend on it.",
+            min=1,
+            rich_help_panel="Run",
+        ),
+    ] = None,
+    mem: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory that all processes together stay under, such as 500MB; 2GB if left out.",
+            rich_help_panel="Run",
+        ),
+    ] = None,
     no_bos: Annotated[
         bool, typer.Option("--no-bos", help="Do not begin documents with BOS.", rich_help_panel="Run")
     ] = False,
@@ -108,6 +127,8 @@ def tokenize(
 
         megalodon tokenize --input corpora/books --train --vocab-size 8192 -o data/books
 
+        megalodon tokenize --input "corpus/*.jsonl.gz" --tokenizer bytes -j 8 --mem 4GB -o data/corpus
+
         megalodon tokenize --stats data/books
     """
     names, changes = recipe_files.split(arguments or [])
@@ -121,10 +142,11 @@ def tokenize(
     looks = {"--stats": stats, "--inspect": inspect, "--verify": verify}
     if flag := next(iter(_given(looks)), None):
         building = {"--input": inputs, **of_input, "--valid": valid, "--dedup": dedup, "--no-bos": no_bos}
-        building |= {"--no-eos": no_eos, "--on-error": on_error, "-o": out_dir}
+        building |= {"--no-eos": no_eos, "--on-error": on_error, "-o": out_dir, "--workers": workers, "--mem": mem}
         directory = _looked_at(flag, inspect, names, [*_given(looks)[1:], *_given(building), *changes])
         return _stats(directory) if stats else _inspect(directory, inspect) if inspect else _verify(directory)
     common = _common(valid, dedup, no_bos, no_eos, on_error)
+    effort = _Effort(workers, _memory(mem))
     if inputs:
         if names or changes:
             raise InputError(f"--input and the recipe `{(names + changes)[0]}` are both given; expected one of them")
@@ -134,13 +156,29 @@ def tokenize(
         reading = {"format": format, "field": field, "document": document}
         with _ended_by_signals(), _Stdin() as stdin:
             sources = _sources(inputs, reading, stdin)
-            return _run(_corpus({**common, "sources": sources}), chosen, Path(out_dir))
+            return _run(_corpus({**common, "sources": sources}), chosen, Path(out_dir), effort)
     if not names:
         raise InputError("nothing to do; give a RECIPE, or --input PATH with -o DIR", hint="megalodon tokenize --help")
     if wrong := _given(of_input):
         raise InputError(f"{wrong[0]} belongs to --input; with a recipe change its keys, such as tokenizer.kind=bytes")
     with _ended_by_signals():
-        _from_recipe(names, [*_as_changes(common), *changes], Path(out_dir) if out_dir else None)
+        _from_recipe(names, [*_as_changes(common), *changes], Path(out_dir) if out_dir else None, effort)
+
+
+class _Effort(NamedTuple):
+    """How many processes work, and how much memory they have; None is left to the library."""
+
+    workers: int | None
+    mem: int | None
+
+
+def _memory(text: str | None) -> int | None:
+    from megalodon.config import parse_bytes
+
+    try:
+        return None if text is None else int(str(parse_bytes(text)))
+    except ValueError as error:
+        raise InputError(f"--mem: {error}") from None
 
 
 def _given(options: Mapping[str, object]) -> list[str]:
@@ -297,28 +335,25 @@ def _sources(inputs: Sequence[str], reading: dict[str, str], stdin: _Stdin) -> t
     return tuple(sources)
 
 
-def _from_recipe(names: list[str], changes: list[str], out_dir: Path | None) -> None:
+def _from_recipe(names: list[str], changes: list[str], out_dir: Path | None, effort: _Effort) -> None:
     from megalodon.recipe import RunConfig
 
     config = recipe_files.load(names, changes).config
     if not isinstance(config, RunConfig):
         raise InputError(f"{names[-1]} is a {config.kind} recipe; expected one of kind pretrain")
-    _run(config.data, config.tokenizer, out_dir or config.data.dir or Path("data") / config.name)
+    _run(config.data, config.tokenizer, out_dir or config.data.dir or Path("data") / config.name, effort)
 
 
-def _run(data: "CorpusConfig", tokenizer: "TokenizerConfig", directory: Path) -> None:
+def _run(data: "CorpusConfig", tokenizer: "TokenizerConfig", directory: Path, effort: _Effort) -> None:
     """Build or open the store, with progress, and print its ledger."""
-    import time
-
     from megalodon.data.prepare import prepare_store
 
-    began = time.perf_counter()
-    with console.Progress() as live:
-
-        def progress(report: "Progress") -> None:
-            live.update(_progress_line(report, time.perf_counter() - began))
-
-        prepared = prepare_store(data, tokenizer, directory, progress, offline=console.settings().offline)
+    given = {key: value for key, value in effort._asdict().items() if value is not None}
+    with console.Progress() as live, _continued(directory):
+        shown = _Shown(live)
+        prepared = prepare_store(
+            data, tokenizer, directory, shown.update, console.settings().offline, tell=console.info, **given
+        )
     for note in prepared.notes:
         console.info(note)
     if prepared.up_to_date:
@@ -334,15 +369,49 @@ def _run(data: "CorpusConfig", tokenizer: "TokenizerConfig", directory: Path) ->
     console.document("tokenize", _summary(directory, prepared))
 
 
-def _progress_line(report: "Progress", seconds: float) -> str:
-    if report.stage == "tokenizer":
-        return f"training the tokenizer on up to {report.total_bytes or 0:,} bytes"
-    speed = report.bytes / max(seconds, 1e-9)
-    left = f", {max(0, report.total_bytes - report.bytes) / max(speed, 1.0):.0f} s left" if report.total_bytes else ""
-    return (
-        f"{report.documents:,} documents, {report.bytes / 1e6:,.1f} MB, {report.tokens:,} tokens, "
-        f"{speed / 1e6:.1f} MB/s{left}"
-    )
+@contextlib.contextmanager
+def _continued(directory: Path) -> Iterator[None]:
+    """Say after a signal, and after too many rejects, that what is done is kept, if it is."""
+    from megalodon.data.journal import work_path
+
+    try:
+        yield
+    except BaseException:
+        if (work := work_path(directory)).exists():
+            console.note(f"what is done is kept in {work}; the same command continues")
+        raise
+
+
+class _Shown:
+    """Shows progress: twice a second on a terminal, every ten seconds elsewhere."""
+
+    def __init__(self, live: console.Progress) -> None:
+        self._live, self._stage, self._last = live, "", 0.0
+        self._every = 0.5 if sys.stderr.isatty() else 10.0
+        self._first: Progress | None = None
+
+    def update(self, report: "Progress") -> None:
+        """Show a report, if it is time; the first and the last of a stage always."""
+        import time
+
+        now = time.perf_counter()
+        if report.stage != self._stage:
+            self._stage, self._began, self._first = report.stage, now, report
+        elif now - self._last < self._every and report.bytes != report.total_bytes:
+            return
+        self._last = now
+        self._live.update(self._line(report, max(now - self._began, 1e-9)))
+
+    def _line(self, report: "Progress", seconds: float) -> str:
+        if report.stage == "tokenizer" or self._first is None:
+            return f"training the tokenizer on up to {report.total_bytes or 0:,} bytes"
+        speed = (report.bytes - self._first.bytes) / seconds
+        tokens = (report.tokens - self._first.tokens) / seconds
+        rest = max(0, report.total_bytes - report.bytes) / speed if report.total_bytes and speed else 0
+        return (
+            f"{report.documents:,} documents, {report.bytes / 1e6:,.1f} MB, {report.tokens:,} tokens, "
+            f"{speed / 1e6:.1f} MB/s, {console.amount(tokens)} tokens/s" + (f", {rest:.0f} s left" if rest else "")
+        )
 
 
 def _summary(directory: Path, prepared: "Prepared") -> dict[str, Any]:

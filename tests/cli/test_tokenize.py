@@ -136,13 +136,13 @@ def test_a_signal_removes_what_is_half_written(
     seen: list[str] = []
 
     def interrupted(*_: object) -> None:
-        seen.extend(path.name for path in work.glob(".tmp-*"))
+        seen.extend(path.name for path in work.glob(".work-*"))
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("megalodon.data.prepare._Builder.add", interrupted)
+    monkeypatch.setattr("megalodon.data.encode._Job._take", interrupted)
     before = signal.getsignal(number)
     assert run(*arguments).exit_code == code
-    assert seen == [f".tmp-{os.getpid()}-out"]
+    assert seen == [".work-out"]
     assert sorted(os.listdir()) == ["text.txt"]
     assert signal.getsignal(number) == before
 

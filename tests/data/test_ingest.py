@@ -11,18 +11,10 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from megalodon.data.builtin import generated_texts
-from megalodon.data.ingest import (
-    CorpusConfig,
-    Rejects,
-    SourceConfig,
-    ValidConfig,
-    check_distinct,
-    content,
-    documents,
-    hub_revision,
-    resolve,
-    sample_texts,
-)
+from megalodon.data.hub import hub_revision
+from megalodon.data.ingest import CorpusConfig, SourceConfig, ValidConfig, check_distinct, content, resolve
+from megalodon.data.sampling import sample_texts
+from megalodon.data.tasks import Rejects, documents
 from megalodon.errors import DataError, EnvironmentFault
 
 
@@ -248,7 +240,7 @@ def test_rows_of_the_hub_are_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     source = SourceConfig(name="web", hf="org/name", subset="en", split="train", field="body")
     assert [d.text for d in documents(resolve(source), revision="abc")] == ["one", "two"]
     assert asked == [("org/name", "en", "train", "abc", True)]
-    assert list(sample_texts([resolve(source)], 100, lambda _: True, 0, revisions={"web": "abc"})) == ["one", "two"]
+    assert list(sample_texts([resolve(source)], 100, 0.0, revisions={"web": "abc"})) == ["one", "two"]
     assert asked[1] == asked[0]
 
 
@@ -257,9 +249,9 @@ def test_a_sample_is_spread_over_the_whole_and_even(tmp_path: Path) -> None:
     for name, count in (("small", 10), ("large", 4000)):
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} {n:05d}\n" for n in range(count)))
         sources.append(resolve(SourceConfig(name=name, path=tmp_path / f"{name}.txt", document="line")))
-    lines = list(sample_texts(sources, 6000, lambda text: "00003" not in text, 0))
+    lines = list(sample_texts(sources, 6000, 0.0))
     small = [line for line in lines if line.startswith("small")]
     large = [int(line.split()[1]) for line in lines if line.startswith("large")]
-    assert len(small) == 9
+    assert len(small) == 10
     assert 2500 < sum(len(line) + 1 for line in lines if line.startswith("large")) < 3500
     assert large[0] < 50 and large[-1] > 3900

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megalodon.data.encode import is_valid
 from megalodon.data.ingest import CorpusConfig
-from megalodon.data.prepare import Ledger, Progress, is_valid, open_prepared, prepare_store, verify_prepared
+from megalodon.data.prepare import Ledger, Progress, open_prepared, prepare_store, verify_prepared
 from megalodon.data.tokenizer import TokenizerConfig
 from megalodon.errors import CheckFailed, DataError, EnvironmentFault
 
@@ -37,8 +38,12 @@ def test_every_document_and_token_is_accounted_for(folder: Path, tmp_path: Path,
     copies = 2 if dedup == "exact" else 0
     kept = [line for line in [*LINES, LINES[5], LINES[0]][: 302 - copies]]
     sizes = sum(len(line.encode()) for line in kept)
+    twice = sum(len(line.encode()) for line in (LINES[5], LINES[0])) if copies else 0
     assert prepared.ledger == Ledger(
-        304, len(kept), 2, copies, 0, sizes + 2 * len(kept), prepared.train.num_tokens, prepared.valid.num_tokens, sizes
+        **{"read": 304, "kept": len(kept), "empty": 2, "duplicate": copies, "rejected": 0, "split": 0},
+        **{"tokens": sizes + 2 * len(kept), "train": prepared.train.num_tokens, "valid": prepared.valid.num_tokens},
+        **{"bytes": sizes, "bytes_empty": 2, "bytes_duplicate": twice, "bytes_rejected": 0},
+        bytes_read=sizes + 2 + twice,
     )
     assert prepared.train.text_bytes + prepared.valid.text_bytes == sizes
     assert not prepared.up_to_date
@@ -238,13 +243,15 @@ def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: P
 
 
 def test_a_ledger_that_does_not_add_up_is_a_failed_check() -> None:
-    good = Ledger(10, 6, 2, 1, 1, 50, 40, 10, 99)
+    good = Ledger(10, 6, 2, 1, 1, 50, 40, 10, 99, 1, 110, 3, 4, 4)
     good.check()
     assert good.lines() == [
-        "documents  read 10 = kept 6 + empty 2 + duplicate 1 + rejected 1",
+        "documents  read 10 = kept 6 + empty 2 + duplicate 1 + rejected 1    1 of those kept were split",
+        "bytes      read 110 = kept 99 + empty 3 + duplicate 4 + rejected 4",
         "tokens     kept 50 = train 40 + valid 10    from 99 bytes, 1.98 bytes/token",
     ]
-    for bad in (good._replace(read=11), good._replace(train=41)):
+    changed = {name: value + 1 for name, value in good._asdict().items()} | {"split": 7}
+    for bad in (good._replace(**{name: value}) for name, value in changed.items()):
         with pytest.raises(CheckFailed):
             bad.check()
 
