@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner, Result
 
+from megalodon.data.prepare import Ledger
 from megalodon_cli.app import app
 from megalodon_cli.commands.runs import curve
 
@@ -84,7 +85,7 @@ def test_show_finds_the_ledger_of_a_recipe_without_a_data_folder(here, section):
     (here / "recipe.yaml").write_text(f"name: mine\ndata:\n  {section}\n")
     store = here.parents[1] / "data" / "mine"
     store.mkdir(parents=True)
-    names = ("read", "kept", "empty", "duplicate", "rejected", "tokens", "train", "valid", "bytes")
+    names = Ledger._fields
     (store / "manifest.json").write_text(json.dumps({"ledger": dict.fromkeys(names, 0) | {"read": 5, "kept": 5}}))
     assert "documents  read 5 = kept 5 + empty 0" in run("show", "first").stdout
     (store / "manifest.json").write_text(json.dumps({"ledger": dict.fromkeys(names, "x")}))
