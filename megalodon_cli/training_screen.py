@@ -147,6 +147,8 @@ def ending(job: "Job", result: "Result", how: "Ending") -> None:
     console.result(
         f"{done}: {result.step:,}/{job.plan.horizon:,} steps, {result.tokens:,} tokens, {_time(how.seconds)}{score}"
     )
+    if last.get("ema_bits_per_byte") is not None:
+        console.result(f"  averaged weights, which model/ holds: {last['ema_bits_per_byte']:.3f} bits per byte")
     if bits is not None and unigram is not None:
         compared = f"{1 - bits / unigram:.1%} below" if bits <= unigram else f"{bits / unigram - 1:.1%} above"
         console.result(f"  unigram model of the same tokens: {unigram:.3f} bits per byte; this model is {compared} it")

@@ -225,7 +225,7 @@ class Trainer:
         self.tokens, self.targets = self.tokens + plan.batch_tokens, self.targets + found.targets
         row = self._numbers(batch, found, norms, float(norm)) | {"lr": rate, "seq_len": length}
         row |= machine_row(plan.batch_tokens, begin, loaded, self.flops, self.run.peak_flops, plan.device)
-        return [row, {"step": step, **health_row(self.model, found.state)}] if look else [row]
+        return [row, {"kind": "health", "step": step} | health_row(self.model, found.state)] if look else [row]
 
     def _gradient(self, batch: Batch, keep_state: bool = False) -> _Pass:
         """Leave the gradient of the mean loss over all targets of the step in the parameters.

@@ -293,6 +293,7 @@ def test_averages_memory_and_a_rollback_are_shown_and_the_averages_exported(monk
     assert "step 5: rolled back to step 2; samples 8 to 19 are left out from now on: loss nan" in done.stderr
     assert "health at step 2: memory of layers (tokens) " in done.stderr
     assert "; averaged weights " in done.stderr
+    assert "averaged weights, which model/ holds: " in done.stdout
     assert "  loss by position: 1: " in done.stderr
     info = json.loads(Path("runs/debug/model/megalodon.json").read_text())
     assert info["weights"] == "averaged, optim.ema 0.5"
