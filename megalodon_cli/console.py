@@ -6,14 +6,15 @@
     console.write("par"), console.write("t")    pieces of a result, flushed at once (streamed text)
     console.table([["name", "loss"], …])    aligned columns on stdout; the first row is the header
     console.document("evaluate", {…})       with --json: the one document `megalodon/evaluate/1`, on stdout
+    console.stream({…})                     with --json: one JSON line of a stream
     console.wants_json()                    whether --json was given; then print only the document
     console.info("text")                    a plain line on stderr (progress, timing); hidden by -q
     console.note("text")                    `note: text` on stderr; hidden by -q
     console.detail("text")                  a plain line on stderr, only with -v
     console.warning("text")                 `warning: text` on stderr, once; the number of repetitions comes last
     console.error("…"), console.hint("…")   `error: …`, `hint: …`: commands raise instead, app.py calls these
-    with console.Progress() as progress:    one live line on a terminal, a plain line per call elsewhere
-        progress.update("step 1/240 …")
+    with console.Progress() as progress:    a live display on a terminal, a plain line per call elsewhere
+        progress.update("step 1/240 …")     also with a bar: lines=("step 1/240", "loss 3.41"), share=0.004
         progress.line("saved step 120")     a line of its own that stays
     console.amount(220627968)               "220.6M"
 
@@ -25,6 +26,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +90,11 @@ _ASCII = {
     "─": "-",
     "│": "|",
 }
-_ASCII |= {"•": "*", "└": "+", "┤": "|", "≤": "<=", "≥": ">="}
+_ASCII |= {"•": "*", "└": "+", "┤": "|", "≤": "<=", "≥": ">=", **dict(zip("▁▂▃▄▅▆▇", "..::||#", strict=True))}
+BAR = 16
+"""Width of the bar of the live display, in characters."""
+REDRAW_SECONDS = 0.1
+"""The live display is redrawn no more often."""
 
 
 def _encodable(text: str, stream: TextIO) -> str:
@@ -117,7 +123,14 @@ def _paint(text: str, code: str, stream: TextIO) -> str:
 
 def _message(text: str, label: str = "", code: str = "") -> None:
     """A line on stderr, and the same without colour in the log file."""
-    plain = f"{label}: {text}" if label else text
+    _log(f"{label}: {text}" if label else text)
+    shown = f"{_paint(label + ':', code, sys.stderr)} {text}" if label else text
+    if not (_live and _live[-1].above(shown)):
+        _emit(sys.stderr, shown)
+
+
+def _log(plain: str) -> None:
+    """Append a line to the log file, if one was asked for."""
     if _settings.log_file:
         path, _settings.log_file = _settings.log_file, None
         try:
@@ -126,9 +139,6 @@ def _message(text: str, label: str = "", code: str = "") -> None:
             _settings.log_file = path
         except OSError as error:  # the work goes on without its log
             warning(f"{path}: {(error.strerror or str(error)).lower()}; messages are no longer kept there")
-    if _live:
-        _live[-1].clear()
-    _emit(sys.stderr, f"{_paint(label + ':', code, sys.stderr)} {text}" if label else text)
 
 
 def result(text: str = "") -> None:
@@ -196,6 +206,12 @@ def document(kind: str, result: Any) -> None:
         _emit(sys.stdout, json.dumps(shown, ensure_ascii=False))
 
 
+def stream(row: Any) -> None:
+    """Print one value of a stream as a JSON line, if --json was given."""
+    if _settings.json:
+        _emit(sys.stdout, json.dumps(row, ensure_ascii=False))
+
+
 def failure(problem: Mapping[str, Any], exit_code: int) -> None:
     """Print the JSON document of a failure, if --json was given."""
     if _settings.json:
@@ -236,35 +252,58 @@ _live: list["Progress"] = []
 
 
 class Progress:
-    """One live line on a terminal, redrawn by every `update`; a plain line per call elsewhere; nothing with `-q`."""
+    """A live display on a terminal, redrawn by `update`; a plain line per call elsewhere; nothing with `-q`."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._shown = ""
+        self._display: Any = None
+        """A rich.live.Live once there is something to show."""
+        self._drawn = 0.0
 
-    def update(self, text: str) -> None:
-        """Show where the work stands."""
+    def update(self, text: str, lines: Sequence[str] = (), share: float | None = None, *, keep: bool = True) -> None:
+        """Show where the work stands.
+
+        Args:
+            text:  the plain line, for what is no terminal and for the log file.
+            lines: what a terminal shows instead; the first stands beside the bar.
+            share: 0 … 1, draws a bar.
+            keep:  False only redraws the terminal.
+        """
         if _settings.quiet:
             return
         if not self._terminal:
-            _message(text)
+            if keep:
+                _message(text)
             return
-        self._shown = text[: width() - 1]
-        _emit(sys.stderr, f"\r\x1b[2K{self._shown}", end="")
+        if keep:
+            _log(text)
+        self._show(_live_lines([_encodable(line, sys.stderr) for line in lines or (text,)], share))
+
+    def _show(self, shown: Any) -> None:
+        if self._display is None:
+            from rich.live import Live
+
+            self._display = Live(shown, console=_rich(), auto_refresh=False)
+            self._display.start(refresh=True)
+            self._drawn = time.monotonic()
+            return
+        due = time.monotonic() - self._drawn >= REDRAW_SECONDS
+        self._drawn = time.monotonic() if due else self._drawn
+        self._display.update(shown, refresh=due)
 
     def line(self, text: str) -> None:
-        """Print a line that stays, above the live one."""
+        """Print a line that stays, above the live display."""
         if not _settings.quiet:
-            shown = self._shown
             _message(text)
-            if shown:
-                self.update(shown)
 
-    def clear(self) -> None:
-        """Remove the live line; the next `update` draws it again."""
-        if self._shown:
-            _emit(sys.stderr, "\r\x1b[2K", end="")
-            self._shown = ""
+    def above(self, text: str) -> bool:
+        """Print a line of a message above the live display; False if nothing is displayed."""
+        if self._display is None:
+            return False
+        from rich.text import Text
+
+        self._display.console.print(Text.from_ansi(_encodable(text, sys.stderr)), soft_wrap=True)
+        return True
 
     def __enter__(self) -> Self:
         _live.append(self)
@@ -273,7 +312,30 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._shown:  # the last state stays on the screen
-            _emit(sys.stderr, "")
-            self._shown = ""
+        if self._display is not None:  # the last state stays on the screen
+            self._display.refresh()
+            self._display.stop()
+            self._display = None
         _live.remove(self)
+
+
+def _rich() -> Any:
+    """Return rich's console on stderr, under our rules for colour."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, force_terminal=True, no_color=not _colored(sys.stderr), highlight=False)
+
+
+def _live_lines(lines: Sequence[str], share: float | None) -> Any:
+    """Return what the live display draws: a bar with the first line beside it, the others below, none folded."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    shown: list[Any] = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+    if share is not None:
+        row = Table.grid(padding=(0, 1))
+        row.add_row(ProgressBar(total=1.0, completed=share, width=BAR), shown[0])
+        shown[0] = row
+    return Group(*shown)

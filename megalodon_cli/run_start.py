@@ -109,6 +109,11 @@ def begin(job: "Job", record: "RunRecord", unigram: float | None) -> None:
         horizon=_horizon(job.config),
         parameters=job.model_config.num_parameters(),
         unigram_bits_per_byte=unigram,
+        data={
+            "train": job.prepared.train.fingerprint,
+            "valid": job.prepared.valid.fingerprint,
+            "tokenizer": job.prepared.tokenizer.sha256,
+        },
         frozen=dict(job.frozen),
         allowed=[*record.values["allowed"], *([allowed] if allowed else [])],
         next=[shlex.join(["megalodon", "pretrain", str(directory / "recipe.yaml"), "-o", str(directory)])],

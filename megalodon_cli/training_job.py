@@ -182,6 +182,7 @@ def export(
 def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | None) -> Ending:
     """Export the model of a finished run and complete `run.json`."""
     from megalodon.training.metrics import MetricsLog
+    from megalodon_cli.run_report import markdown
 
     rows = MetricsLog(job.directory / "metrics.jsonl").rows()
     evaluations = [row for row in rows if row["kind"] == "eval"]
@@ -197,4 +198,5 @@ def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | Non
     following = run_start.next_commands(job.directory) if exported else record.values["next"]
     seconds = round(result.seconds + float(record.values.get("seconds", 0)), 1)
     record.update(status=status, step=result.step, tokens=result.tokens, seconds=seconds, next=following, **scores)
+    (job.directory / "report.md").write_text(markdown(job.directory), encoding="utf-8")
     return Ending(rows, scores, seconds, following)

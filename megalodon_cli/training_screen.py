@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Screen:
-    """Shows what the loop reports: a progress line every so many steps, other things on lines of their own."""
+    """Shows what the loop reports: where the training stands, other things on lines of their own."""
 
     def __init__(self, live: console.Progress, horizon: int, every: int, record: "RunRecord") -> None:
         self.live, self.horizon, self.every, self.record = live, horizon, every, record
@@ -26,24 +26,11 @@ class Screen:
         kind = row["kind"]
         if kind == "train":
             self._recent = [*self._recent[-31:], row["seconds"]]
-            if row["step"] % self.every == 0 or row["step"] in (1, self.horizon):
-                self.live.update(self._line(row))
-        elif kind == "eval":
-            averaged = f"; averaged weights {row['ema_valid_loss']:.4f}" if "ema_valid_loss" in row else ""
-            self.live.line(f"eval at step {row['step']:,}: loss {row['valid_loss']:.4f}{_bits(row)}{averaged}")
+            self._stand(row)
+        elif kind in ("eval", "health", "sample", "event"):
+            self.live.line(line_of(row))
             if row.get("by_position"):
                 self.live.line(f"  loss by position: {_by_position(row)}")
-        elif kind == "health":
-            memory = " ".join(f"{layer['memory']['median']:.0f}" for layer in row["layers"])
-            self.live.line(f"health at step {row['step']:,}: memory of layers (tokens) {memory}")
-        elif kind == "sample":
-            self.live.line(f"sample at step {row['step']:,}: {row['prompt']}|{row['text']}")
-        elif kind == "event" and row["event"] == "rollback":
-            left_out = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in row["samples"])
-            back = f"step {row['from']:,}: rolled back to step {row['to']:,}"
-            self.live.line(f"{back}; samples {left_out} are left out from now on: {row['reason']}")
-        elif kind == "event":
-            self.live.line(f"step {row['step']:,}: {row['event']}: {row['reason']}")
         elif kind == "warning":
             console.warning(row["text"])
         else:
@@ -51,19 +38,54 @@ class Screen:
             if row["event"] == "saved":
                 self.record.update(step=row["step"])
 
-    def _line(self, row: "Row") -> str:
-        step, share = row["step"], row["peak_share"]
-        eta = (self.horizon - step) * sum(self._recent) / len(self._recent)
-        loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
-        bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}"
-        norm = "-" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-        peak = "" if share is None else f"  peak {share:.0%}"
-        waited = row["data_seconds"] / max(row["seconds"], 1e-9)
-        return (
-            f"step {step:>{len(str(self.horizon))}}/{self.horizon}  {step / self.horizon:.1%}  loss {loss}  "
-            f"bpb {bits}  lr {row['lr']:.1e}  gnorm {norm}  {console.amount(row['tok_per_s'])} tok/s{peak}  "
-            f"data {waited:.1%}  mem {row['memory'] / 2**30:.1f}G  eta {_time(eta)}"
-        )
+    def _stand(self, row: "Row") -> None:
+        """One plain line every so many steps; a terminal shows every step, as a bar and its figures."""
+        step = row["step"]
+        eta = _time((self.horizon - step) * sum(self._recent) / len(self._recent))
+        said = step % self.every == 0 or step in (1, self.horizon)
+        head = f"step {step:,}/{self.horizon:,}  {step / self.horizon:.1%}  {console.amount(row['tok_per_s'])} tok/s"
+        lines = (f"{head}  eta {eta}", "  ".join((*_learned(row), *_used(row))))
+        self.live.update(f"{line_of(row, self.horizon)}  eta {eta}", lines, step / self.horizon, keep=said)
+
+
+def line_of(row: Mapping[str, Any], horizon: int | None = None) -> str:
+    """Return a row of metrics.jsonl as the line that the user sees of it."""
+    kind, step = row["kind"], row["step"]
+    if kind == "train":
+        of = f"step {step:>{len(str(horizon))}}/{horizon}  {step / horizon:.1%}" if horizon else f"step {step}"
+        speed = f"{console.amount(row.get('tok_per_s') or 0)} tok/s"
+        return "  ".join((of, *_learned(row), speed, *_used(row)))
+    if kind == "eval":
+        averaged = f"; averaged weights {_number(row['ema_valid_loss'], '.4f')}" if "ema_valid_loss" in row else ""
+        return f"eval at step {step:,}: loss {_number(row.get('valid_loss'), '.4f')}{_bits(row)}{averaged}"
+    if kind == "sample":
+        return f"sample at step {step:,}: {row['prompt']}|{row['text']}"
+    if kind == "health":
+        memory = " ".join(f"{layer['memory']['median']:.0f}" for layer in row["layers"])
+        return f"health at step {step:,}: memory of layers (tokens) {memory}"
+    if row.get("event") == "rollback":
+        left_out = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in row["samples"])
+        back = f"step {row['from']:,}: rolled back to step {row['to']:,}"
+        return f"{back}; samples {left_out} are left out from now on: {row['reason']}"
+    return f"step {step:,}: {row.get('event', kind)}: {row.get('reason', '')}"
+
+
+def _learned(row: Mapping[str, Any]) -> tuple[str, ...]:
+    loss, bits, norm = (
+        _number(row.get(k), f) for k, f in (("loss", ".3f"), ("bits_per_byte", ".3f"), ("grad_norm", ".2f"))
+    )
+    return f"loss {loss}", f"bpb {bits}", f"lr {_number(row.get('lr'), '.1e')}", f"gnorm {norm}"
+
+
+def _used(row: Mapping[str, Any]) -> tuple[str, ...]:
+    share, seconds, memory = row.get("peak_share"), row.get("seconds") or 0.0, row.get("memory") or 0
+    waited = (row.get("data_seconds") or 0.0) / max(seconds, 1e-9)
+    peak = () if share is None else (f"peak {share:.0%}",)
+    return (*peak, f"data {waited:.1%}", f"mem {memory / 2**30:.1f}G")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _bits(row: Mapping[str, Any]) -> str:

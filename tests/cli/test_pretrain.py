@@ -39,7 +39,7 @@ def test_a_run_leaves_a_model_a_curve_and_the_next_commands() -> None:
     run = Path("runs/debug")
     names = {path.name for path in run.iterdir()}
     expected = {"run.json", "recipe.yaml", "metrics.jsonl", "environment.json", "command.txt", "checkpoints", "model"}
-    assert names == expected | {"lock.json"}
+    assert names == expected | {"lock.json", "report.md"}
     assert (record("runs/debug")["status"], record("runs/debug")["step"]) == ("finished", 6)
     rows = metrics("runs/debug")
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 2, 4, 6]

@@ -7,7 +7,7 @@ from typer.testing import CliRunner, Result
 
 from megalodon.data.prepare import Ledger
 from megalodon_cli.app import app
-from megalodon_cli.commands.runs import curve
+from megalodon_cli.curves import curve, overlay
 
 
 def run(*arguments: str) -> Result:
@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
 
 def test_ls_shows_status_step_losses_and_age(here):
     header, line = run("ls").stdout.splitlines()
-    assert header.split() == ["run", "status", "step", "loss", "valid", "bits/byte", "age"]
+    assert header.split() == ["run", "status", "step", "loss", "valid", "bits/byte", "tok/s", "age"]
     assert line.split()[:6] == ["first", "stopped", "4/8", "1.000", "2.500", "1.750"]
     [entry] = json.loads(run("ls", "--json").stdout)["result"]
     assert (entry["name"], entry["step"], entry["loss"], entry["bits_per_byte"]) == ("first", 4, 1.0, 1.75)
@@ -111,3 +111,10 @@ def test_the_curve_falls_where_the_loss_falls():
     assert heights == sorted(heights, reverse=True) and heights[0] == 4 and heights[-1] == 1
     assert curve([(1, float("nan"))], 5) == []
     assert curve([(3, 2.0)], 5, 2)[0].startswith("   2.000")
+
+
+def test_curves_over_one_axis_keep_their_marks_and_meet_in_a_star():
+    lines = overlay({"one": [(0, 2.0), (9, 1.0)], "two": [(0, 2.0), (9, 2.0)]}, width=10, height=3)
+    assert lines[0] == "   2.000 │*        B" and lines[2] == "   1.000 │         A"
+    assert lines[3] == "  tokens └ 0 to 9    A one  B two"
+    assert overlay({"none": []}, 10) == []
