@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalodon.checkpoint.lock import STALE_SECONDS
-from megalodon.errors import DataError, InputError
+from megalodon.errors import DataError, InputError, RecipeError
+from megalodon_cli import console
 from megalodon_cli.checkpoints import RUNS
 
 if TYPE_CHECKING:
@@ -220,10 +221,15 @@ def overrides(run: Path) -> dict[str, Any]:
 
 
 def _tree(run: Path) -> "Node | None":
+    """Return the recipe of a run; None if there is none. One that cannot be read is a warning: the rest still can."""
     from megalodon.config import read_layer
 
     path = run / "recipe.yaml"
-    return read_layer(path) if path.is_file() else None
+    try:
+        return read_layer(path) if path.is_file() else None
+    except RecipeError as error:
+        console.warning(str(error))
+        return None
 
 
 def _leaves(node: "Node", path: str = "") -> "Iterator[tuple[str, Node]]":

@@ -198,5 +198,5 @@ def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | Non
     following = run_start.next_commands(job.directory) if exported else record.values["next"]
     seconds = round(result.seconds + float(record.values.get("seconds", 0)), 1)
     record.update(status=status, step=result.step, tokens=result.tokens, seconds=seconds, next=following, **scores)
-    (job.directory / "report.md").write_text(markdown(job.directory), encoding="utf-8")
+    (job.directory / "report.md").write_text(markdown(job.directory), encoding="utf-8", errors="backslashreplace")
     return Ending(rows, scores, seconds, following)

@@ -268,3 +268,12 @@ def test_completion_offers_the_runs_that_begin_so(first):
     make("second")
     assert sorted(run_files.complete("")) == ["first", "second"]
     assert run_files.complete("runs/f") == ["runs/first"]
+
+
+def test_a_recipe_that_cannot_be_read_hides_nothing_else(first):
+    (first / "recipe.yaml").write_bytes(b"name: caf\xe9\n")
+    result = run("show", "first")
+    assert result.exit_code == 0 and "skip 1" in result.stdout
+    assert result.stderr == "warning: runs/first/recipe.yaml: not UTF-8: byte 9 is 0xe9\nwarning: " + (
+        "runs/first/recipe.yaml: not UTF-8: byte 9 is 0xe9 (2 times)\n"
+    )
