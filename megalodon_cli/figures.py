@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megalodon.errors import EnvironmentFault, InputError
+from megalodon_cli import console
 from megalodon_cli.run_files import Row, points
 
 KINDS = (".png", ".svg")
@@ -85,9 +86,8 @@ def _draw(title: str, panels: Sequence[Callable[[Any], None]], file: Path) -> No
 def _thousands(axis: Any) -> None:
     """Write 1,200 and 2.5M on the axis of steps or tokens."""
     ticker: Any = importlib.import_module("matplotlib.ticker")
-    engineering = ticker.EngFormatter(sep="")
     axis.xaxis.set_major_formatter(
-        ticker.FuncFormatter(lambda at, place: f"{at:,.0f}" if abs(at) < 1e5 else engineering(at, place))
+        ticker.FuncFormatter(lambda at, _: f"{at:,.0f}" if abs(at) < 1e5 else console.amount(at))
     )
     axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
 
