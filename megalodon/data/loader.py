@@ -5,13 +5,14 @@ megalodon/data/order.py; the whole position of a run is `samples_consumed`, the 
 Not here: how many samples a step takes (megalodon/training/loop.py), where the tokens lie (megalodon/data/shards.py).
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalodon.data.order import ORDER_VERSION, mixture, permute
+from megalodon.data.order import ORDER_VERSION, SLOTS, mixture, permute
 from megalodon.data.shards import Store
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.errors import CheckFailed, DataError
@@ -68,20 +69,24 @@ class WindowLedger(NamedTuple):
         ]
 
 
-def _window(store: Store, start: int, length: int, isolate: Isolate) -> tuple[Int64s, Int64s, NDArray[np.bool_]]:
-    """Return inputs, targets and starts of `length` inputs at a place of the stream; reads length + 1 tokens."""
-    tokens = store.tokens(start, start + length + 1)
-    targets = tokens[1:].copy()
-    begins = np.zeros(length + 1, dtype=np.bool_)
-    if isolate == "doc":
-        begins[store.starts(start, start + length + 1) - start] = True
-        targets[begins[1:]] = IGNORED
-    return tokens[:-1], targets, begins[:-1]
-
-
-def _stack(windows: list[tuple[Int64s, Int64s, NDArray[np.bool_]]]) -> Batch:
-    tokens, targets, starts = zip(*windows, strict=True)
-    return Batch(np.stack(tokens), np.stack(targets), np.stack(starts))
+def _read(streams: list[Store], source: Int64s, begins: Int64s, length: int, isolate: Isolate) -> Batch:
+    """Return the windows of `length` inputs from `begins` on, each of the stream `source` says: (K, length)."""
+    # Tokens stay in the narrow type of the store until two passes over all of them make inputs and targets.
+    whole = np.empty((len(begins), length + 1), dtype=streams[0].dtype)
+    starts = np.zeros((len(begins), length), dtype=np.bool_)
+    ignored = []
+    for i, stream in enumerate(streams):
+        rows = np.flatnonzero(source == i)
+        stream.fill(whole, rows, begins[rows])
+        if isolate == "doc":
+            window, column = stream.starts_in(begins[rows], length + 1)
+            row = rows[window]
+            starts[row[column < length], column[column < length]] = True
+            ignored.append((row[column > 0], column[column > 0] - 1))
+    targets = whole[:, 1:].astype(np.int64)
+    for row, column in ignored:
+        targets[row, column] = IGNORED
+    return Batch(whole[:, :-1].astype(np.int64), targets, starts)
 
 
 class Loader:
@@ -103,6 +108,7 @@ class Loader:
         self._names = list(weights) if weights else [EVERYTHING]
         self._streams = [store.source(name) for name in weights] if weights else [store]
         self._mixture = mixture(self._names, list(weights.values()) if weights else [1.0])
+        self._period = functools.lru_cache(maxsize=4)(self._located)
         self._windows = [(stream.num_tokens - 1) // seq_len for stream in self._streams]
         for name, stream, windows in zip(self._names, self._streams, self._windows, strict=True):
             if windows < 1:
@@ -117,27 +123,40 @@ class Loader:
         """Samples of an epoch: the windows of all its sources together."""
         return sum(self._windows)
 
-    def batch(self, first_sample: int, count: int) -> Batch:
-        """Return samples [first_sample, first_sample + count) of the run: (count, seq_len)."""
-        if first_sample < 0 or count < 1:
-            raise ValueError(f"samples [{first_sample}, +{count}): expected 0 or more, and at least one sample")
-        return _stack(
-            [
-                _window(self._streams[source], window * self.seq_len, self.seq_len, self.isolate)
-                for source, window in self.locate(first_sample, count)
-            ]
-        )
+    def batch(self, first_sample: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """Return samples [first_sample, first_sample + count) of the run: (count, seq_len).
 
-    def locate(self, first_sample: int, count: int) -> list[tuple[int, int]]:
-        """Return (source, window) of each sample: which stream it comes from and which of its windows it is."""
-        source, number = self._mixture.locate(np.arange(first_sample, first_sample + count, dtype=np.int64))
+        rank, ranks: of several data-parallel ranks, each takes every `ranks`-th sample, its own first: (count / ranks,
+        seq_len). Raises: DataError if the ranks do not divide `count`.
+        """
+        if first_sample < 0 or count < 1 or not 0 <= rank < ranks:
+            raise ValueError(f"samples [{first_sample}, +{count}) of rank {rank} of {ranks}: out of range")
+        if count % ranks:
+            raise DataError(f"a batch of {count:,} sequences cannot be shared by {ranks} ranks: expected a multiple")
+        # The order is worked out for a whole period at once: that costs little more than for a few samples.
+        periods = [self._period(period) for period in range(first_sample // SLOTS, -(-(first_sample + count) // SLOTS))]
+        source, window = (np.concatenate(part) for part in zip(*periods, strict=True))
+        mine = slice(first_sample % SLOTS + rank, first_sample % SLOTS + count, ranks)
+        source, window = source[mine], window[mine]
+        return _read(self._streams, source, window * self.seq_len, self.seq_len, self.isolate)
+
+    def locate(self, samples: Int64s) -> tuple[Int64s, Int64s]:
+        """Return (source, window) of each sample: which stream it comes from and which of its windows it is.
+
+        samples: (K,) int64 global numbers. Returns: two (K,) int64.
+        """
+        source, number = self._mixture.locate(samples)
         window = np.empty_like(number)
         for i, (name, windows) in enumerate(zip(self._names, self._windows, strict=True)):
             epoch, place = np.divmod(number, windows)
             for turn in np.unique(epoch[source == i]):
                 rows = (source == i) & (epoch == turn)
                 window[rows] = permute(place[rows], windows, self.seed, name, int(turn))
-        return list(zip(source.tolist(), window.tolist(), strict=True))
+        return source, window
+
+    def _located(self, period: int) -> tuple[Int64s, Int64s]:
+        """`locate` for the samples of one period of the mixture."""
+        return self.locate(np.arange(period * SLOTS, (period + 1) * SLOTS, dtype=np.int64))
 
     def state(self, samples_consumed: int, skipped_ranges: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data: JSON, free of world size, paths and batch size.
@@ -234,10 +253,10 @@ def validation_batches(
         )
     windows, rest = divmod(targets, seq_len)
     for first in range(0, windows, batch_rows):
-        rows = range(first, min(windows, first + batch_rows))
-        yield _stack([_window(store, row * seq_len, seq_len, isolate) for row in rows])
+        begins = np.arange(first, min(windows, first + batch_rows)) * seq_len
+        yield _read([store], np.zeros_like(begins), begins, seq_len, isolate)
     if rest:
-        yield _stack([_window(store, windows * seq_len, rest, isolate)])
+        yield _read([store], np.zeros(1, dtype=np.int64), np.array([windows * seq_len]), rest, isolate)
 
 
 def token_bytes_table(tokenizer: Tokenizer) -> Int64s:

@@ -18,9 +18,11 @@ import os
 import re
 import shutil
 import tokenize
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,7 @@ _HELD_TOKENS = 1 << 16
 """Tokens that are held before they are written, and document starts."""
 
 Int64s = NDArray[np.int64]
+Reader = Literal["mmap", "pread"]
 
 
 def canonical(value: Any) -> bytes:
@@ -341,21 +344,52 @@ def write_store(
 
 
 class Shard(NamedTuple):
-    """One open shard, mapped from disk."""
+    """One open shard."""
 
     entry: Mapping[str, Any]
     """What the manifest says of it."""
-    tokens: NDArray[Any]
+    tokens: Any
+    """Its tokens, of which slices are read: mapped from disk, or read from its file (`PreadTokens`)."""
     bounds: Int64s
     """Where each document begins, and at last where the last one ends."""
 
 
+class PreadTokens:
+    """The tokens of a file, each slice read with `pread`: a file that is cut later is an error, not a SIGBUS."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], length: int) -> None:
+        self._path, self._dtype, self._length = path, dtype, length
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        """Return tokens [start, stop). Raises: DataError if the file no longer holds them."""
+        start, stop, _ = part.indices(self._length)
+        size, offset = (stop - start) * self._dtype.itemsize, start * self._dtype.itemsize
+        raw = b""
+        try:
+            while len(raw) < size and (more := os.pread(self._descriptor, size - len(raw), offset + len(raw))):
+                raw += more
+        except OSError as error:
+            raise DataError(f"{self._path}: {(error.strerror or str(error)).lower()} while it was read") from None
+        if len(raw) < size:
+            raise DataError(
+                f"{self._path}: ends at {offset + len(raw):,} bytes, {self._length * self._dtype.itemsize:,} were "
+                "there when it was opened; it was cut meanwhile, tokenize again"
+            )
+        return np.frombuffer(raw, dtype=self._dtype)
+
+
 class Store:
-    """Tokens of one part (training or validation) as one stream over its shards, mapped from disk."""
+    """Tokens of one part (training or validation) as one stream over its shards, left on the disk."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], fingerprint: str, shards: tuple[Shard, ...]) -> None:
         self.path, self.manifest, self.fingerprint, self._shards = path, manifest, fingerprint, shards
         self.vocab_size = int(manifest["vocab_size"])
+        self.dtype = token_dtype(self.vocab_size)
         self._bases = np.cumsum([0, *(len(shard.tokens) for shard in shards)], dtype=np.int64)
         self.num_tokens = int(self._bases[-1])
         self.num_documents = sum(int(shard.entry["documents"]) for shard in shards)
@@ -374,63 +408,108 @@ class Store:
         """Return the tokens [start, stop) of the stream as a fresh int64 array. Raises: ValueError out of range."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start:,}, {stop:,}) lie outside a store of {self.num_tokens:,}")
-        out = np.empty(stop - start, dtype=np.int64)
-        for number, low, high in self._spans(start, stop):
-            base = int(self._bases[number])
-            out[low - start : high - start] = self._shards[number].tokens[low - base : high - base]
-        return out
+        out = np.empty((1, stop - start), dtype=np.int64)
+        self.fill(out, np.zeros(1, dtype=np.int64), np.array([start]))
+        return out.reshape(-1)
+
+    def fill(self, out: NDArray[Any], rows: Int64s, begins: Int64s) -> None:
+        """Write the tokens from `begins[i]` on into `out[rows[i]]`, as many as fit.
+
+        out: (R, L), of `dtype` or wider. rows, begins: (K,) int64. Raises: ValueError for a window outside the store.
+        """
+        for shard, which, low, high in self._pieces(begins, out.shape[1]):
+            base, tokens = int(self._bases[shard]), self._shards[shard].tokens
+            columns = (base + low - begins[which]).tolist()
+            for row, first, last, column in zip(
+                rows[which].tolist(), low.tolist(), high.tolist(), columns, strict=True
+            ):
+                out[row, column : column + last - first] = tokens[first:last]
+
+    def starts_in(self, begins: Int64s, length: int) -> tuple[Int64s, Int64s]:
+        """Return (window, column) of every document that begins in one of the windows [begin, begin + length).
+
+        begins: (K,) int64. Returns: two (S,) int64, in no promised order. Raises: ValueError as `fill`.
+        """
+        windows, columns = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        for shard, which, low, high in self._pieces(begins, length):
+            places = self._shards[shard].bounds[:-1]
+            first, last = np.searchsorted(places, low), np.searchsorted(places, high)
+            count = last - first
+            # Counts upwards from `first` in each window: a place in the whole, less where its window begins there.
+            index = np.arange(int(count.sum())) + np.repeat(first - (np.cumsum(count) - count), count)
+            window = np.repeat(which, count)
+            windows.append(window)
+            columns.append(places[index] + self._bases[shard] - begins[window])
+        return np.concatenate(windows), np.concatenate(columns)
+
+    def _pieces(self, begins: Int64s, length: int) -> Iterator[tuple[int, Int64s, Int64s, Int64s]]:
+        """Yield (shard, windows, low, high): which windows it has a part of, and the part [low, high) of each in it."""
+        if len(begins) and not 0 <= int(begins.min()) <= int(begins.max()) <= self.num_tokens - length:
+            raise ValueError(f"windows of {length:,} tokens reach outside a store of {self.num_tokens:,}")
+        first = np.searchsorted(self._bases, begins, side="right") - 1
+        last = np.searchsorted(self._bases, begins + length)
+        for shard in sorted({n for a, b in zip(first.tolist(), last.tolist(), strict=True) for n in range(a, b)}):
+            which = np.flatnonzero((first <= shard) & (shard < last))
+            base = self._bases[shard]
+            low = np.maximum(begins[which] - base, 0)
+            yield shard, which, low, np.minimum(begins[which] + length, self._bases[shard + 1]) - base
 
     def starts(self, start: int = 0, stop: int | None = None) -> Int64s:
         """Return where documents begin in [start, stop), as positions in the stream."""
-        found = [np.empty(0, dtype=np.int64)]
-        for number, low, high in self._spans(start, self.num_tokens if stop is None else stop):
-            base, begins = int(self._bases[number]), self._shards[number].bounds[:-1]
-            first, last = np.searchsorted(begins, [low - base, high - base])
-            found.append(np.asarray(begins[first:last]) + base)
-        return np.concatenate(found)
-
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (shard, low, high): the parts of [start, stop) that lie in each shard."""
-        number = int(np.searchsorted(self._bases, start, side="right")) - 1
-        while start < stop and number < len(self._shards):
-            high = min(stop, int(self._bases[number + 1]))
-            yield number, start, high
-            start, number = high, number + 1
+        length = (self.num_tokens if stop is None else stop) - start
+        return self.starts_in(np.array([start]), length)[1] + start
 
     def lengths(self) -> Int64s:
         """Return the tokens of each document."""
         return np.concatenate([np.empty(0, dtype=np.int64), *(np.diff(shard.bounds) for shard in self._shards)])
 
-    def verify(self) -> None:
-        """Hash every file and scan every id. Raises: CheckFailed naming shard, file and both values."""
-        for shard in self._shards:
-            for file in shard.entry["files"]:
-                path = self.path / file["name"]
-                if (got := file_sha256(path)) != file["sha256"]:
-                    raise CheckFailed(
-                        f"{path}: shard {shard.entry['name']}: sha256 is {got[:16]}, the manifest says "
-                        f"{file['sha256'][:16]}; the file was changed, tokenize again"
-                    )
-            blocks = range(0, len(shard.tokens), 1 << 24)
-            got_max = max(int(shard.tokens[start : start + (1 << 24)].max()) for start in blocks)
-            if got_max != shard.entry["max_id"]:
-                raise CheckFailed(
-                    f"{self.path}: shard {shard.entry['name']}: the largest id is {got_max:,}, the manifest says "
-                    f"{shard.entry['max_id']:,}"
-                )
+    def verify(self, threads: int = 1) -> None:
+        """Hash every file and scan every id. Raises: CheckFailed naming shard, file and both values.
+
+        threads: files read at once; hashing leaves Python's lock to others.
+        """
+        files = [(shard, file) for shard in self._shards for file in shard.entry["files"]]
+        with ThreadPoolExecutor(threads, "verify") as pool:
+            waiting = [pool.submit(self._verify_file, shard, file) for shard, file in files]
+            waiting += [pool.submit(self._verify_ids, shard) for shard in self._shards]
+            try:
+                for check in waiting:  # in order, so that of several faults always the same one is told
+                    check.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _verify_file(self, shard: Shard, file: Mapping[str, Any]) -> None:
+        path = self.path / file["name"]
+        if (got := file_sha256(path)) != file["sha256"]:
+            raise CheckFailed(
+                f"{path}: shard {shard.entry['name']}: sha256 is {got[:16]}, the manifest says "
+                f"{file['sha256'][:16]}; the file was changed, tokenize again"
+            )
+
+    def _verify_ids(self, shard: Shard) -> None:
+        blocks = range(0, len(shard.tokens), 1 << 24)
+        got_max = max(int(shard.tokens[start : start + (1 << 24)].max()) for start in blocks)
+        if got_max != shard.entry["max_id"]:
+            raise CheckFailed(
+                f"{self.path}: shard {shard.entry['name']}: the largest id is {got_max:,}, the manifest says "
+                f"{shard.entry['max_id']:,}"
+            )
 
 
-def open_store(path: Path, vocab_size: int | None = None) -> Store:
+def open_store(path: Path, vocab_size: int | None = None, reader: Reader = "mmap") -> Store:
     """Open one part and check sizes, index order and end, and ids; hashes are left to `Store.verify`.
 
-    vocab_size: the model's; every id must be below it. Raises: DataError naming shard, file and both values.
+    vocab_size: the model's; every id must be below it. reader: `mmap`, or `pread` for network disks, where a file that
+    is cut while it is mapped ends the process with SIGBUS; it keeps 8 bytes of memory a document.
+    Raises: DataError naming shard, file and both values.
     """
     try:
         raw = (path / MANIFEST).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: not a token store ({MANIFEST}: {(error.strerror or str(error)).lower()})") from None
     manifest = _checked_manifest(path / MANIFEST, raw)
-    shards = tuple(_open_shard(path, manifest, entry) for entry in manifest["shards"])
+    shards = tuple(_open_shard(path, manifest, entry, reader) for entry in manifest["shards"])
     store = Store(path, manifest, hashlib.sha256(raw).hexdigest(), shards)
     for key, got in (("tokens", store.num_tokens), ("documents", store.num_documents)):
         if got != manifest[key]:
@@ -493,7 +572,7 @@ def _checked_manifest(path: Path, raw: bytes) -> dict[str, Any]:
     return manifest
 
 
-def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> Shard:
+def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any], reader: Reader) -> Shard:
     def bad(file: str, what: str, got: object, expected: object) -> DataError:
         return DataError(f"{path / file}: shard {entry['name']}: {what} is {got}, expected {expected}; tokenize again")
 
@@ -509,9 +588,10 @@ def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any
             binary, "the size", f"{entry['files'][0]['bytes']:,} bytes", f"{entry['tokens']:,} {dtype.name} tokens"
         )
     try:
-        index = np.load(path / index_name, mmap_mode="r", allow_pickle=False)
+        index = np.load(path / index_name, mmap_mode="r" if reader == "mmap" else None, allow_pickle=False)
     except (ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError) as error:  # of numpy's header parser
         raise DataError(f"{path / index_name}: shard {entry['name']}: not a .npy file ({error})") from None
+    index = np.asarray(index)  # a plain view: slices of a np.memmap cost ten times as much
     if index.dtype != np.dtype("<i8") or index.shape != (entry["documents"] + 1,):
         raise bad(index_name, "the index", f"{index.dtype}{index.shape}", f"int64({entry['documents'] + 1},)")
     if index[0] != 0 or index[-1] != entry["tokens"]:
@@ -520,4 +600,6 @@ def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any
         raise bad(index_name, "the order of document starts", "not increasing", "strictly increasing")
     if not 0 <= entry["max_id"] < manifest["vocab_size"]:
         raise bad(binary, "max_id", f"{entry['max_id']:,}", f"below vocab_size {manifest['vocab_size']:,}")
-    return Shard(entry, np.memmap(path / binary, dtype=dtype, mode="r"), index)
+    if reader == "pread":
+        return Shard(entry, PreadTokens(path / binary, dtype, entry["tokens"]), index)
+    return Shard(entry, np.asarray(np.memmap(path / binary, dtype=dtype, mode="r")), index)

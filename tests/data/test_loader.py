@@ -64,7 +64,7 @@ def test_weights_mix_the_sources(store: Store) -> None:
     assert (batch.tokens[:, 0] < 51).sum() == 300
     assert loader.num_samples == 50 // 5 + 79 // 5
     assert batch.tokens[batch.tokens[:, 0] >= 51].min() == 51, "the other source has a stream of its own"
-    first_epoch = [window for source, window in loader.locate(0, 400) if source == 1][:15]
+    first_epoch = loader.locate(np.arange(400))[1][loader.locate(np.arange(400))[0] == 1][:15]
     assert sorted(first_epoch) == list(range(15))
 
 
@@ -113,7 +113,7 @@ def test_jumps_are_part_of_the_state_and_come_back(store: Store) -> None:
 def test_progress_says_where_each_source_stands(store: Store) -> None:
     loader = Loader(store, 5, "doc", seed=2, weights={"a": 3.0, "b": 1.0})
     for consumed in (0, 1, 7, 400, 4096, 10_000):
-        own = [source for source, _ in loader.locate(0, consumed)] if consumed else []
+        own = loader.locate(np.arange(consumed))[0].tolist()
         expected = {
             name: {"epoch": own.count(i) // windows, "sample": own.count(i) % windows, "of": windows}
             for i, (name, windows) in enumerate({"a": 50 // 5, "b": 79 // 5}.items())
