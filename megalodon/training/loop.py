@@ -36,6 +36,7 @@ from megalodon.checkpoint.store import (
     verify_step,
 )
 from megalodon.data.loader import IGNORED, Batch, Loader
+from megalodon.data.prefetch import Prefetch
 from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError, OutOfMemory
 from megalodon.model.loss import loss_sums
 from megalodon.model.megalodon import Megalodon, ModelConfig
@@ -158,6 +159,7 @@ def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Re
         _out_of_memory(plan.device, smaller),
         contextlib.closing(trainer.metrics),
         trainer.saves_ended(),
+        contextlib.closing(trainer.batches),
     ):
         trainer.resume()
         return trainer.run_to_the_end()
@@ -168,6 +170,7 @@ class Trainer:
 
     def __init__(self, model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> None:
         self.loader, self.plan, self.run = loader, plan, run
+        self.batches = Prefetch(lambda first: loader.batch(first, plan.rows), plan.rows)
         backend: Any = plan.config.backend
         self.model = Megalodon(model_config, seed=plan.config.seed, backend=backend).to(plan.device)
         self.optimizer = build_optimizer(self.model, plan.optim)
@@ -201,7 +204,7 @@ class Trainer:
         begin = time.monotonic()
         step, plan = self.step + 1, self.plan
         first, jumped = first_sample(step, plan.rows, self._left_out())
-        batch = self.loader.batch(first, plan.rows)
+        batch = self.batches.get(first)
         loaded = time.monotonic()
         if self.dropout:
             torch.manual_seed(_step_seed(plan.config.seed, step))

@@ -29,9 +29,10 @@ from stores import (
 from megalodon.checkpoint import saver
 from megalodon.checkpoint.store import steps_in
 from megalodon.config import InvalidRecipe
-from megalodon.data.loader import IGNORED, Loader
+from megalodon.data.loader import IGNORED, Batch, Loader
+from megalodon.data.prefetch import Prefetch
 from megalodon.data.shards import Store
-from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError, OutOfMemory, RecipeError
+from megalodon.errors import CheckpointError, DataError, EnvironmentFault, NumericalError, OutOfMemory, RecipeError
 from megalodon.model.megalodon import Megalodon
 from megalodon.training.loop import Result, Row, Run, Task, Trainer
 from megalodon.training.optim import OptimConfig, build_optimizer, optimizer_tensors
@@ -379,14 +380,14 @@ def test_other_data_are_refused_at_resume(store: Store, tmp_path: Path) -> None:
 
 def test_a_jump_over_samples_survives_a_restart(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    batch = Loader.batch
-    monkeypatch.setattr(Loader, "batch", lambda self, first, count: (read.append(first), batch(self, first, count))[1])
+    get = Prefetch.get
+    monkeypatch.setattr(Prefetch, "get", lambda self, first: (read.append(first), get(self, first))[1])
 
     @contextlib.contextmanager
     def trainer() -> Iterator[Trainer]:
         loader, run = Loader(store, SEQ_LEN, "doc", 1), Run(tmp_path, NUM_CLASSES, BYTES_TABLE)
         made = Trainer(tiny_config(), loader, tiny_plan(), run)
-        with contextlib.closing(made.metrics):
+        with contextlib.closing(made.metrics), contextlib.closing(made.batches):
             made.resume()
             yield made
 
@@ -404,6 +405,23 @@ def test_a_jump_over_samples_survives_a_restart(store: Store, tmp_path: Path, mo
     wrong = "21 samples were consumed, but 3 steps of 4 sequences are 12 and 8 were skipped"
     with pytest.raises(CheckpointError, match=wrong), trainer():
         pass
+
+
+def test_an_error_of_the_data_ends_the_run_with_its_own_words(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Loader.batch
+
+    def fails(self: Loader, first: int, count: int) -> Batch:
+        if first == 16:
+            raise DataError("00000.bin was cut")
+        return batch(self, first, count)
+
+    monkeypatch.setattr(Loader, "batch", fails)
+    with pytest.raises(DataError, match="bin was cut"):
+        tiny_run(store, tmp_path, tiny_plan())
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_the_state_of_the_optimizer_has_a_name_for_every_tensor() -> None:
