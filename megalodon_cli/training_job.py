@@ -47,6 +47,7 @@ def prepare(resolved: "Resolved", asked: Asked, *, scratch: bool = False) -> Job
     """
     from megalodon.data.loader import Loader
     from megalodon.data.prepare import prepare_store
+    from megalodon.data.shards import open_store
     from megalodon.training.plan import make_plan
     from megalodon.training.run import frozen_values
     from megalodon.training.sinks import require
@@ -72,6 +73,9 @@ def prepare(resolved: "Resolved", asked: Asked, *, scratch: bool = False) -> Job
             lambda p: live.update(f"{p.stage}: {p.documents:,} documents"),
             offline=console.settings().offline,
         )
+    if (reader := config.data.reader) != "mmap":
+        train, valid = (open_store(part.path, reader=reader) for part in (prepared.train, prepared.valid))
+        prepared = prepared._replace(train=train, valid=valid)
     loader = Loader(prepared.train, config.data.seq_len, config.data.isolate, config.train.seed, config.data.weights())
     plan = make_plan(*parts, seq_len=config.data.seq_len, windows=loader.num_samples, device=asked.device)
     model_config = config.model_config_for(prepared.tokenizer.vocab_size)

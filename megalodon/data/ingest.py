@@ -159,6 +159,8 @@ class DataConfig(CorpusConfig):
     """Tokens of a window."""
     isolate: Literal["doc", "none"]
     """`doc`: CEMA, norms and attention restart at each document; `none`: the paper."""
+    reader: Literal["mmap", "pread"] = "mmap"
+    """How the store is read; pread for network disks, where a file cut while it is mapped would kill the process."""
 
 
 class InputFile(NamedTuple):

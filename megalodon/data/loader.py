@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megalodon.data.order import ORDER_VERSION, SLOTS, mixture, permute
+from megalodon.data.order import ORDER_VERSION, mixture, permute
 from megalodon.data.shards import Store
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.errors import CheckFailed, DataError
@@ -21,6 +21,8 @@ IGNORED = -100
 """The target that no loss is taken of."""
 EVERYTHING = "*"
 """The name of all sources as one stream; no source can be called so."""
+_BLOCK = 256
+"""Samples whose places are worked out at once."""
 
 Int64s = NDArray[np.int64]
 Isolate = Literal["doc", "none"]
@@ -70,7 +72,10 @@ class WindowLedger(NamedTuple):
 
 
 def _read(streams: list[Store], source: Int64s, begins: Int64s, length: int, isolate: Isolate) -> Batch:
-    """Return the windows of `length` inputs from `begins` on, each of the stream `source` says: (K, length)."""
+    """Return the windows of `length` inputs from `begins` on, each of the stream `source` says: (K, length).
+
+    Raises: DataError naming the place of an id outside the vocabulary, before a device could read past its embedding.
+    """
     # Tokens stay in the narrow type of the store until two passes over all of them make inputs and targets.
     whole = np.empty((len(begins), length + 1), dtype=streams[0].dtype)
     starts = np.zeros((len(begins), length), dtype=np.bool_)
@@ -83,6 +88,9 @@ def _read(streams: list[Store], source: Int64s, begins: Int64s, length: int, iso
             row = rows[window]
             starts[row[column < length], column[column < length]] = True
             ignored.append((row[column > 0], column[column > 0] - 1))
+    if whole.size and int(whole.max()) >= (size := streams[0].vocab_size):
+        row, column = np.argwhere(whole >= size)[0]
+        raise streams[source[row]].bad_token(int(begins[row] + column))
     targets = whole[:, 1:].astype(np.int64)
     for row, column in ignored:
         targets[row, column] = IGNORED
@@ -108,7 +116,7 @@ class Loader:
         self._names = list(weights) if weights else [EVERYTHING]
         self._streams = [store.source(name) for name in weights] if weights else [store]
         self._mixture = mixture(self._names, list(weights.values()) if weights else [1.0])
-        self._period = functools.lru_cache(maxsize=4)(self._located)
+        self._block = functools.lru_cache(maxsize=8)(self._located)
         self._windows = [(stream.num_tokens - 1) // seq_len for stream in self._streams]
         for name, stream, windows in zip(self._names, self._streams, self._windows, strict=True):
             if windows < 1:
@@ -133,11 +141,9 @@ class Loader:
             raise ValueError(f"samples [{first_sample}, +{count}) of rank {rank} of {ranks}: out of range")
         if count % ranks:
             raise DataError(f"a batch of {count:,} sequences cannot be shared by {ranks} ranks: expected a multiple")
-        # The order is worked out for a whole period at once: that costs little more than for a few samples.
-        periods = [self._period(period) for period in range(first_sample // SLOTS, -(-(first_sample + count) // SLOTS))]
-        source, window = (np.concatenate(part) for part in zip(*periods, strict=True))
-        mine = slice(first_sample % SLOTS + rank, first_sample % SLOTS + count, ranks)
-        source, window = source[mine], window[mine]
+        blocks = [self._block(block) for block in range(first_sample // _BLOCK, -(-(first_sample + count) // _BLOCK))]
+        mine = slice(first_sample % _BLOCK + rank, first_sample % _BLOCK + count, ranks)
+        source, window = (np.concatenate(part)[mine] for part in zip(*blocks, strict=True))
         return _read(self._streams, source, window * self.seq_len, self.seq_len, self.isolate)
 
     def locate(self, samples: Int64s) -> tuple[Int64s, Int64s]:
@@ -154,9 +160,9 @@ class Loader:
                 window[rows] = permute(place[rows], windows, self.seed, name, int(turn))
         return source, window
 
-    def _located(self, period: int) -> tuple[Int64s, Int64s]:
-        """`locate` for the samples of one period of the mixture."""
-        return self.locate(np.arange(period * SLOTS, (period + 1) * SLOTS, dtype=np.int64))
+    def _located(self, block: int) -> tuple[Int64s, Int64s]:
+        """`locate` for a block of samples: that costs little more than for a few of them."""
+        return self.locate(np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.int64))
 
     def state(self, samples_consumed: int, skipped_ranges: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data: JSON, free of world size, paths and batch size.

@@ -459,6 +459,16 @@ class Store:
         length = (self.num_tokens if stop is None else stop) - start
         return self.starts_in(np.array([start]), length)[1] + start
 
+    def bad_token(self, position: int) -> DataError:
+        """Return the error of a token outside the vocabulary: its file, shard, place and value."""
+        number = int(np.searchsorted(self._bases, position, side="right")) - 1
+        entry, place = self._shards[number].entry, position - int(self._bases[number])
+        return DataError(
+            f"{self.path / entry['files'][0]['name']}: shard {entry['name']}: token {place:,} is "
+            f"{int(self.tokens(position, position + 1)[0]):,}, expected an id below {self.vocab_size:,}; "
+            "the file was changed, tokenize again"
+        )
+
     def lengths(self) -> Int64s:
         """Return the tokens of each document."""
         return np.concatenate([np.empty(0, dtype=np.int64), *(np.diff(shard.bounds) for shard in self._shards)])

@@ -65,7 +65,8 @@ class RunRecord:
 
 def frozen_values(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dotted keys and values of a recipe (as plain data) that a run keeps for life."""
-    return {key: value for key, value in _leaves(recipe) if key.startswith(FROZEN) and key != "data.dir"}
+    free = ("data.dir", "data.reader")
+    return {key: value for key, value in _leaves(recipe) if key.startswith(FROZEN) and key not in free}
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

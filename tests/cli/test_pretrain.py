@@ -60,6 +60,13 @@ def test_a_finished_run_says_so_and_goes_on_with_a_longer_horizon() -> None:
     assert "done: 3/3 steps" in longer.stdout
 
 
+def test_a_store_may_be_read_without_mapping_it() -> None:
+    assert pretrain("-o", "mapped", "--stop-at-step", "2").exit_code == 0
+    assert pretrain("-o", "read", "--stop-at-step", "1").exit_code == 0
+    assert pretrain("-o", "read", "data.reader=pread", "--stop-at-step", "2").exit_code == 0
+    assert metrics("mapped") == metrics("read")
+
+
 def test_a_stopped_run_continues_as_if_nothing_had_happened() -> None:
     assert pretrain("-o", "whole").exit_code == 0
     stopped = pretrain("-o", "parts", "--stop-at-step", "3")

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalodon.data.loader import IGNORED, Loader, WindowLedger, token_bytes_table, validation_batches
-from megalodon.data.shards import Store, TokenDocument, write_store
+from megalodon.data.loader import IGNORED, Batch, Loader, WindowLedger, token_bytes_table, validation_batches
+from megalodon.data.prefetch import Prefetch
+from megalodon.data.shards import Store, TokenDocument, open_store, write_store
 from megalodon.data.tokenizer import ByteTokenizer
 from megalodon.errors import CheckFailed, DataError
 
@@ -49,6 +50,49 @@ def test_a_batch_is_a_pure_function_of_its_place(store: Store) -> None:
         for mine, all_ in zip(part, whole, strict=True):
             assert np.array_equal(mine, all_[first : first + count])
     assert not np.array_equal(whole.tokens, Loader(store, 7, "doc", seed=5).batch(0, 50).tokens)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("weights", [None, {"a": 3.0, "b": 1.0}])
+def test_the_ranks_together_read_the_batch_of_one_process(
+    store: Store, ranks: int, weights: dict[str, float] | None
+) -> None:
+    alone = Loader(store, 7, "doc", seed=4, weights=weights)
+
+    def of_rank(rank: int, threads: int) -> Prefetch[Batch]:
+        own = Loader(store, 7, "doc", seed=4, weights=weights)
+        return Prefetch(lambda first: own.batch(first, 12, rank, ranks), 12, ahead=threads, threads=threads)
+
+    for threads in (1, 3):
+        ahead = [of_rank(rank, threads) for rank in range(ranks)]
+        for first in (4080, 4092, 4104, 0, 12):
+            for whole, *parts in zip(alone.batch(first, 12), *(part.get(first) for part in ahead), strict=True):
+                assert all(len(part) == 12 // ranks for part in parts)
+                assert np.array_equal(np.stack(parts, axis=1).reshape(whole.shape), whole)
+        for each in ahead:
+            each.close()
+
+
+def test_an_id_outside_the_vocabulary_never_leaves_the_loader(store: Store) -> None:
+    binary = store.path / "00001.bin"
+    raw = np.frombuffer(binary.read_bytes(), dtype="<u2").copy()
+    raw[3] = 131
+    binary.write_bytes(raw.tobytes())
+    for reader in ("mmap", "pread"):
+        other = open_store(store.path, reader=reader)  # type: ignore[arg-type]
+        message = r"00001\.bin: shard 00001: token 3 is 131, expected an id below 131"
+        with pytest.raises(DataError, match=message):
+            Loader(other, 7, "none", seed=4).batch(0, 18)
+        with pytest.raises(DataError, match=message):
+            list(validation_batches(other, 7, "doc", 4))
+
+
+def test_ranks_that_do_not_divide_a_batch_are_refused(store: Store) -> None:
+    with pytest.raises(DataError, match="a batch of 14 sequences cannot be shared by 4 ranks"):
+        Loader(store, 7, "doc", seed=4).batch(0, 14, 1, 4)
+    for rank, ranks in ((4, 4), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="out of range"):
+            Loader(store, 7, "doc", seed=4).batch(0, 12, rank, ranks)
 
 
 def test_epochs_differ_and_each_is_complete(store: Store) -> None:

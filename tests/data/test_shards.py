@@ -86,6 +86,41 @@ def test_reading_crosses_shards(store: Store) -> None:
         store.tokens(3, 30)
 
 
+def test_both_readers_read_the_same(store: Store) -> None:
+    other = open_store(store.path, reader="pread")
+    for start in range(30):
+        for stop in range(start, 30):
+            assert np.array_equal(other.tokens(start, stop), store.tokens(start, stop))
+            assert np.array_equal(other.starts(start, stop), store.starts(start, stop))
+    assert other.lengths().tolist() == LENGTHS
+    other.verify()
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 12, 29])
+def test_windows_over_several_shards_are_read_at_once(store: Store, length: int) -> None:
+    whole, begins = stream(), np.arange(29 - length + 1)[::-1].copy()
+    out = np.full((len(begins) + 2, length), 7777, dtype=np.uint16)
+    store.fill(out, np.arange(len(begins)) + 1, begins)
+    assert np.array_equal(out[1:-1], np.stack([whole[begin : begin + length] for begin in begins]))
+    assert (out[[0, -1]] == 7777).all(), "other rows are left alone"
+    marked = np.zeros((len(begins), length), dtype=bool)
+    marked[store.starts_in(begins, length)] = True
+    documents = set(np.cumsum([0, *LENGTHS[:-1]]).tolist())
+    assert marked.tolist() == [[begin + n in documents for n in range(length)] for begin in begins.tolist()]
+    with pytest.raises(ValueError, match="reach outside a store of 29"):
+        store.fill(out, np.zeros(1, dtype=np.int64), np.array([30 - length]))
+
+
+@pytest.mark.parametrize("size", [0, 1, 10, 21])
+def test_a_file_cut_after_it_was_opened_is_an_error_that_names_it(store: Store, size: int) -> None:
+    other = open_store(store.path, reader="pread")
+    os.truncate(store.path / "00000.bin", size)
+    message = rf"00000\.bin: ends at {size} bytes, 22 were there when it was opened; it was cut meanwhile"
+    with pytest.raises(DataError, match=message):
+        other.tokens(0, 11)
+    assert np.array_equal(other.tokens(11, 29), stream()[11:])
+
+
 def test_one_source_is_a_stream_of_its_own(store: Store) -> None:
     books = store.source("books")
     assert np.array_equal(books.tokens(0, 16), stream()[13:])
@@ -181,14 +216,15 @@ def test_damage_is_found_at_open(store: Store, kind: str, message: str) -> None:
         open_store(store.path)
 
 
-def test_verify_finds_what_sizes_do_not_show(store: Store) -> None:
-    store.verify()
+@pytest.mark.parametrize("threads", [1, 3])
+def test_verify_finds_what_sizes_do_not_show(store: Store, threads: int) -> None:
+    store.verify(threads)
     path = store.path / "00002.bin"
     raw = bytearray(path.read_bytes())
     raw[4] ^= 1
     path.write_bytes(raw)
     with pytest.raises(CheckFailed, match=r"00002\.bin: shard 00002: sha256"):
-        open_store(store.path).verify()
+        open_store(store.path).verify(threads)
 
 
 def test_a_model_with_a_smaller_vocabulary_is_refused(store: Store) -> None:
