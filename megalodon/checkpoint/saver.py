@@ -36,7 +36,7 @@ class Saver:
 
     In the background the caller waits for a copy of the tensors only; writing, hashing, the commit and what follows
     from it (`best`, retention) are one thread's work. Nothing points at a checkpoint before it is committed.
-    The thread is none that an exit of the process would wait for: who must not lose the save calls `poll(wait=True)`.
+    An exit of the process waits for the save in flight, however it comes about; `abandon` shortens that.
     """
 
     def __init__(self, root: Path, config: CheckpointConfig) -> None:
@@ -45,6 +45,7 @@ class Saver:
         """The step whose outcome `poll` has not told yet."""
         self._thread: threading.Thread | None = None
         self._outcome: Commit | Exception | None = None
+        self._abandoned = threading.Event()
 
     def save(
         self,
@@ -71,7 +72,7 @@ class Saver:
             return
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         work = (step, copied, copy.deepcopy(dict(state)), dict(about), begin, time.monotonic() - begin)
-        self._thread = threading.Thread(target=self._write, args=work, name=f"save-{step}", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=work, name=f"save-{step}")
         self._thread.start()
 
     def _write(
@@ -86,7 +87,7 @@ class Saver:
         """Commit, then tidy up, and keep the outcome for `poll`."""
         trouble: EnvironmentFault | None = None
         try:
-            path = save_step(self.root, step, tensors, state, about)
+            path = save_step(self.root, step, tensors, state, about, self._go_on)
             try:
                 retain(self.root, self.config, step)
             except EnvironmentFault as error:
@@ -116,3 +117,18 @@ class Saver:
         if outcome is None and step is not None:
             raise EnvironmentFault(f"step {step} was not saved: its writer ended without a result")
         return outcome
+
+    def _go_on(self) -> None:
+        if self._abandoned.is_set():
+            raise EnvironmentFault("the save was abandoned")
+
+    def abandon(self) -> None:
+        """Give up the save in flight, after the file that is being written; nothing of it stays, and nothing is told.
+
+        A thread that is still at work when the interpreter ends would take the process down with an error of its own.
+        """
+        self._abandoned.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.pending = self._thread = self._outcome = None
+        self._abandoned.clear()

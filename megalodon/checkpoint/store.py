@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -233,7 +233,12 @@ def check_space(directory: Path, num_bytes: int, num_files: int = 1) -> None:
 
 
 def save_step(
-    root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], about: Mapping[str, Any]
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    about: Mapping[str, Any],
+    go_on: Callable[[], None] = lambda: None,
 ) -> Path:
     """Commit a checkpoint and return its directory; a valid one of this step is kept as it is.
 
@@ -242,6 +247,7 @@ def save_step(
         tensors: everything that is restored bit by bit, under unique names; none shares its memory with another.
         state:   the scalars of the run; JSON without NaN.
         about:   what else the manifest records: frozen values, data fingerprint, versions, valid_loss.
+        go_on:   called before each file is written or hashed; what it raises ends the save.
     Raises:
         EnvironmentFault: too little disk space, a file could not be written, or what was written does not hold every
             tensor exactly once; nothing is left behind.
@@ -258,11 +264,13 @@ def save_step(
                 set_aside(target)
         check_space(root, sum(tensor.nbytes for tensor in tensors.values()), count_files(tensors))
         with staged(target) as aside:
-            write_tensors(aside / "tensors", tensors)
+            write_tensors(aside / "tensors", tensors, go_on)
             check_coverage(read_all_boxes(aside / "tensors", len(forms)), forms, aside)
             write_json(aside / "state.json", dict(state))
-            files = sorted(path for path in aside.rglob("*") if path.is_file())
-            described = {path.relative_to(aside).as_posix(): describe_file(path) for path in files}
+            described = {}
+            for path in sorted(path for path in aside.rglob("*") if path.is_file()):
+                go_on()
+                described[path.relative_to(aside).as_posix()] = describe_file(path)
             listed = {name: {"shape": list(form.shape), "dtype": form.dtype} for name, form in forms.items()}
             manifest = {"format": FORMAT, "step": step, **about, "files": described, "tensors": listed}
             write_json(aside / "manifest.json", {**manifest, "sha256": _digest(manifest)})

@@ -13,7 +13,7 @@ Not here: the directory around the files, hashes, the commit (store.py).
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from megalodon.errors import CheckpointError
 
-SHARD_BYTES = 2 * 10**9
+SHARD_BYTES = 512 * 10**6
+"""The largest file (one larger tensor stands alone). Its writer holds it in memory as a whole, twice."""
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 64 * 2**10, 1024
 """The longest header that is read: this much, and this much for each tensor that may be in the file."""
 DTYPES = {
@@ -78,8 +79,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors into files of at most SHARD_BYTES each (one larger tensor stands alone) and force them to the disk.
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> None:
+    """Write tensors into files of at most SHARD_BYTES each and force them to the disk.
 
     The steps are those of `torch.distributed.checkpoint.save` for one process. They are taken one by one because that
     function warns, each time, that there is only one process, and wraps the error of a full disk in pages of text.
@@ -94,6 +95,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     class NamedFiles(FileSystem):
         @contextmanager
         def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+            go_on()
             with naming(path), super().create_stream(path, mode) as stream:
                 yield stream
 

@@ -494,7 +494,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def saves_ended(self) -> Iterator[None]:
-        """Wait for the save in flight before an error leaves, and tell of it; a second signal waits for nothing."""
+        """Wait for the save in flight before an error leaves, and tell of it; a second signal gives it up."""
         try:
             yield
         except Exception:
@@ -502,6 +502,9 @@ class Trainer:
                 self._settle(wait=True)
             except Exception as error:
                 self.run.report({"kind": "warning", "text": str(error)})
+            raise
+        except BaseException:
+            self.saver.abandon()
             raise
 
     def resume(self) -> None:

@@ -273,7 +273,9 @@ def test_a_writer_that_loses_a_tensor_is_found_out_before_the_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = store.write_tensors
-    monkeypatch.setattr(store, "write_tensors", lambda path, given: real(path, dict(list(given.items())[:-1])))
+    monkeypatch.setattr(
+        store, "write_tensors", lambda path, given, go_on: real(path, dict(list(given.items())[:-1]), go_on)
+    )
     with pytest.raises(EnvironmentFault, match=r"step 1 could not be saved .* model.c is missing"):
         save(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []

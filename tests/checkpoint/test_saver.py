@@ -1,6 +1,8 @@
 """A save in the background is the save in the foreground: same files, nothing earlier, no error unheard."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megalodon.checkpoint import saver as module
+from megalodon.checkpoint import store
 from megalodon.checkpoint.saver import Saver
 from megalodon.checkpoint.store import CheckpointConfig, load_tensors, newest_good_step, save_step, steps_in
 from megalodon.errors import EnvironmentFault
@@ -130,3 +133,51 @@ def test_at_most_one_save_is_in_flight(tmp_path: Path, gate: Gate) -> None:
         saver.save(2, tensors(2.0), {}, {}, background=True)
     gate.opened.set()
     assert saver.poll(wait=True) is not None
+
+
+def test_a_save_that_is_abandoned_leaves_nothing_and_the_next_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver, reached, real = Saver(tmp_path, CheckpointConfig()), threading.Event(), store.describe_file
+
+    def describe(path: Path) -> dict[str, Any]:
+        reached.set()
+        assert saver._abandoned.wait(60)
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "describe_file", describe)
+        saver.save(1, tensors(1.0), {}, {}, background=True)
+        assert reached.wait(60)
+        saver.abandon()
+    assert list(tmp_path.iterdir()) == [] and saver.poll() is None
+    saver.save(2, tensors(2.0), {}, {}, background=True)
+    assert saver.poll(wait=True) is not None
+
+
+LEAVES = """
+import os, sys, time
+from pathlib import Path
+import torch
+from megalodon.checkpoint.saver import Saver
+from megalodon.checkpoint.store import CheckpointConfig
+import torch.distributed.checkpoint.hf_storage
+torch.set_num_threads(1)
+for number in range(5):
+    if os.fork() == 0:
+        saver = Saver(Path(sys.argv[1]) / str(number), CheckpointConfig())
+        saver.save(1, {str(n): torch.ones(300, 300) for n in range(40)}, {}, {}, background=True)
+        time.sleep(number / 40)
+        if number % 2:
+            saver.abandon()
+        sys.exit(130)
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    assert code == 130, (number, code)
+"""
+
+
+def test_a_process_that_leaves_while_a_save_is_in_flight_ends_with_its_own_code(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", LEAVES, str(tmp_path)], check=True)
+    for root in tmp_path.iterdir():
+        assert not [path for path in root.iterdir() if path.name.startswith(".")]
+        assert not steps_in(root) or newest_good_step(root)[1] == []

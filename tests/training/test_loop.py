@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import threading
+from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,23 @@ def test_both_ways_of_saving_are_the_same_run(store: Store, tmp_path: Path) -> N
         tiny_run(store, tmp_path / name, tiny_plan(checkpoint={"every": 2, "background": background}))
     assert_same_run(tmp_path / "front", tmp_path / "back", 7)
     assert [steps_in(tmp_path / name / "checkpoints") for name in ("front", "back")] == [[7, 6, 4]] * 2
+
+
+def test_a_second_signal_gives_up_the_save_in_flight(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs(root: Path, step: int, tensors: Any, state: Any, about: Any, go_on: Callable[[], None]) -> Path:
+        while True:
+            go_on()
+
+    def leave(row: Row) -> None:
+        if row["kind"] == "train" and row["step"] == 5:
+            raise SystemExit(130)
+
+    monkeypatch.setattr(saver, "save_step", hangs)
+    with pytest.raises(SystemExit):
+        tiny_run(store, tmp_path, tiny_plan(checkpoint={"every": 4}), report=leave)
+    assert not [thread for thread in threading.enumerate() if thread.name == "save-4"]
 
 
 @pytest.mark.parametrize("ends", [True, False])
