@@ -4,8 +4,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
