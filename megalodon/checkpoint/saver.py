@@ -122,13 +122,17 @@ class Saver:
         if self._abandoned.is_set():
             raise EnvironmentFault("the save was abandoned")
 
-    def abandon(self) -> None:
-        """Give up the save in flight, after the file that is being written; nothing of it stays, and nothing is told.
+    def abandon(self, grace: float = 2.0) -> None:
+        """Give up the save in flight unless it ends soon: after the file being written, and nothing of it stays.
 
         A thread that is still at work when the interpreter ends would take the process down with an error of its own.
+
+        Args:
+            grace: seconds that it still has. If they suffice the checkpoint is committed; nothing is told either way.
         """
-        self._abandoned.set()
         if self._thread is not None:
+            self._thread.join(grace)
+            self._abandoned.set()
             self._thread.join()
         self.pending = self._thread = self._outcome = None
         self._abandoned.clear()

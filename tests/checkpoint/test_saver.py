@@ -149,7 +149,7 @@ def test_a_save_that_is_abandoned_leaves_nothing_and_the_next_one_works(
         patch.setattr(store, "describe_file", describe)
         saver.save(1, tensors(1.0), {}, {}, background=True)
         assert reached.wait(60)
-        saver.abandon()
+        saver.abandon(grace=0)
     assert list(tmp_path.iterdir()) == [] and saver.poll() is None
     saver.save(2, tensors(2.0), {}, {}, background=True)
     assert saver.poll(wait=True) is not None
@@ -169,7 +169,7 @@ for number in range(5):
         saver.save(1, {str(n): torch.ones(300, 300) for n in range(40)}, {}, {}, background=True)
         time.sleep(number / 40)
         if number % 2:
-            saver.abandon()
+            saver.abandon(grace=0)
         sys.exit(130)
     code = os.waitstatus_to_exitcode(os.wait()[1])
     assert code == 130, (number, code)
