@@ -494,7 +494,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def saves_ended(self) -> Iterator[None]:
-        """Wait for the save in flight before an error leaves, and tell of it; a second signal waits for seconds only."""
+        """Wait for the save in flight before an error leaves, and tell of it; a second signal waits two seconds."""
         try:
             yield
         except Exception:
