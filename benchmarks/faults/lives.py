@@ -10,6 +10,7 @@ Not here: when a life ends and what must hold then (training_kills.py, tokenize_
 """
 
 import os
+import secrets
 import select
 import signal
 import sys
@@ -140,6 +141,9 @@ def _run(arguments: Sequence[str], directory: Path, log: Path, before: Callable[
         os.dup2(nothing, 0)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        import megalodon.checkpoint.store
+
+        megalodon.checkpoint.store._WRITER = secrets.token_hex(4)  # drawn at import, so by each process of its own
         sys.argv = ["megalodon", *arguments]
         if before is not None:
             before()

@@ -163,7 +163,13 @@ class Campaign:
     def arguments(self, background: bool, steps: int = STEPS) -> list[str]:
         """The command that is recorded, and started again on its images."""
         switch = f"checkpoint.background={'true' if background else 'false'}"
-        changes = ["checkpoint.every=1", switch, "eval.every=3", f"train.max_steps={steps}", f"data.dir={self.work}/data"]
+        changes = [
+            "checkpoint.every=1",
+            switch,
+            "eval.every=3",
+            f"train.max_steps={steps}",
+            f"data.dir={self.work}/data",
+        ]
         return ["pretrain", "./mortal.yaml", *changes, "-o", "runs/mortal"]
 
     def go(self) -> None:
@@ -171,7 +177,7 @@ class Campaign:
         (self.work / "mortal.yaml").write_text(RECIPE)
         with Life.forked(["tokenize", "./mortal.yaml"], self.work, self.work / "log.txt") as life:
             life.wait()
-        for background in (False,):
+        for background in (False, True):
             self.one_recording(background)
 
     def one_recording(self, background: bool) -> None:

@@ -39,7 +39,7 @@ log: {{every: 1}}
 VARIANTS = tuple(
     (f"checkpoint.every={every}", f"checkpoint.background={background}")
     for every in (1, 2)
-    for background in ("false",)
+    for background in ("false", "true")
 )
 TIMES = {"tok_per_s", "seconds", "data_seconds", "peak_share", "memory", "stall_seconds"}
 """Fields of metrics.jsonl that differ between two runs of the same steps."""

@@ -150,6 +150,17 @@ def _sync_tree(path: Path) -> None:
         _sync_directory(Path(place))
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory and its missing parents, and force their names to the disk: what it will hold hangs on them.
+
+    Raises: OSError.
+    """
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        _sync_directory(place.parent)
+
+
 @contextmanager
 def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside `target` that takes its name when the block ends, and vanishes if it fails.
@@ -157,7 +168,7 @@ def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         replace: an existing directory of that name gives way once the new one is complete; if it cannot, it stays.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.parent)
     aside = target.with_name(f".tmp-{target.name}-{_WRITER}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -255,7 +266,7 @@ def save_step(
     target = step_path(root, step)
     forms = {name: form_of(tensor) for name, tensor in tensors.items()}
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         if target.exists():
             try:
                 verify_step(target)

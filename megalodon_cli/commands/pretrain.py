@@ -169,7 +169,7 @@ def _seconds(text: str | None) -> float | None:
 def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: int | None, force_unlock: bool) -> None:
     """Train, export, and print the result. Raises: Stopped if a signal, a file or the clock ended it early."""
     from megalodon.checkpoint.lock import RunLock
-    from megalodon.checkpoint.store import clean_leftovers
+    from megalodon.checkpoint.store import clean_leftovers, make_directory
     from megalodon.data.loader import token_bytes_table, validation_batches
     from megalodon.evaluation.perplexity import unigram_bits_per_byte
     from megalodon.recipe import dump
@@ -186,7 +186,7 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
     unigram = unigram_bits_per_byte(job.prepared.train, validation_batches(*rows), bytes_table, tokenizer.vocab_size)
     peak = _peak(plan)
     header(job, peak)
-    job.directory.mkdir(parents=True, exist_ok=True)
+    make_directory(job.directory)
     with RunLock(job.directory, force=force_unlock) as lock, console.Progress() as live, ExitStack() as places:
         if lock.taken_over:
             console.note(f"{job.directory} was left by {lock.taken_over}, which is gone; taking over")
