@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 PROMPT = def read_file(path):
 
-.PHONY: quickstart test test-all lint fix install
+.PHONY: quickstart test test-all lint fix faults install
 
 quickstart: install  ## train the smallest real model here, show its curve, let it write
 	"$(BIN)/megalodon" pretrain quickstart
@@ -33,6 +33,9 @@ lint: install  ## style, types; then what exceeds the size guides, which does no
 fix: install  ## what lint can repair
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
+
+faults: install  ## what docs/reliability.md promises, measured; FAULTS="--only A,B --kills 20 --seed 1" for a part of it
+	"$(BIN)/python" benchmarks/faults $(FAULTS)
 
 # make cannot name a file in a folder with spaces as a prerequisite, so the shell compares the stamp
 install:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,13 @@ DATA = Path("../shared/data/books/train")
 DOCUMENT, FIGURES = "reliability.md", "reliability.json"
 
 
+Figures = Mapping[str, float]
+
+
+def _at_least(name: str, limit: float) -> tuple[str, Callable[[Figures], bool]]:
+    return f"≥ {limit:,.0f}", lambda found: found[name] >= limit
+
+
 class Part(NamedTuple):
     """A section of the report: a script that writes its figures."""
 
@@ -43,6 +50,9 @@ class Part(NamedTuple):
     takes_seed: bool = False
     data: str | None = None
     """Its option for a folder of text."""
+    options: tuple[str, ...] = ()
+    limits: Mapping[str, tuple[str, Callable[[Figures], bool]]] = {}
+    """Of a script that writes bare numbers: figure -> its limit, and whether the figures keep to it."""
 
 
 PARTS = {
@@ -52,8 +62,28 @@ PARTS = {
     "list": Part("fault list", HERE / "fault_tests.py"),
     "speed": Part("tokenize: speed", Path("benchmarks/tokenize_speed.py")),
     "memory": Part("tokenize: memory", Path("benchmarks/tokenize_memory.py")),
-    "loader": Part("loader", Path("benchmarks/loader_speed.py")),
-    "checkpoint": Part("cost of checkpoints", Path("benchmarks/checkpoint_cost.py")),
+    "loader": Part(
+        "loader",
+        Path("benchmarks/loader_speed.py"),
+        limits={
+            f"{reader}_doc_{length}_tokens_per_s": _at_least(f"{reader}_doc_{length}_tokens_per_s", 50e6)
+            for reader in ("mmap", "pread")
+            for length in (1024, 4096, 16384)
+        },
+    ),
+    "wait": Part("waiting for data", HERE / "data_wait.py", data="--data"),
+    "checkpoint": Part(
+        "cost of checkpoints",
+        Path("benchmarks/checkpoint_cost.py"),
+        options=("books-tiny",),
+        limits={
+            "share_in_background": ("< 2 % of the time", lambda found: found["share_in_background"] < 0.02),
+            "stall_in_background": (
+                "≤ 1.25 x copy + 10 ms",
+                lambda found: found["stall_in_background"] <= 1.25 * found["copy"] + 0.01,
+            ),
+        },
+    ),
 }
 
 
@@ -97,7 +127,7 @@ def _options() -> argparse.Namespace:
 
 def _measure(part: Part, kills: int | None, seed: int, data: Path | None) -> report.Section:
     """Run the script of a section and return its figures with where and when they were measured."""
-    options: list[str] = []
+    options = list(part.options)
     if part.kills is not None:
         options += ["--kills", str(kills or part.kills)]
     if part.takes_seed:
@@ -112,6 +142,8 @@ def _measure(part: Part, kills: int | None, seed: int, data: Path | None) -> rep
         command = [sys.executable, str(ROOT / part.script), *options, "--json", str(path)]
         ended = subprocess.run(command, cwd=ROOT, env=environment, check=False)
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": []}
+    if isinstance(numbers := found["figures"], dict):
+        found["figures"] = [_judged(name, numbers, part) for name in numbers]
     if not found["figures"]:
         what = f"{part.script} ended with {ended.returncode} and without figures"
         found["figures"] = [report.figure("measured", what, "figures", False)]
@@ -123,6 +155,11 @@ def _measure(part: Part, kills: int | None, seed: int, data: Path | None) -> rep
         **_machine(),
         **{key: value for key, value in found.items() if key not in ("name", "seconds")},
     }
+
+
+def _judged(name: str, numbers: Figures, part: Part) -> dict[str, Any]:
+    limit, keeps = part.limits.get(name, (None, None))
+    return report.figure(name, numbers[name], limit, keeps(numbers) if keeps else None)
 
 
 def _machine() -> dict[str, Any]:
