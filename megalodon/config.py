@@ -263,12 +263,18 @@ def _scalar(node: yaml.ScalarNode, place: Place) -> Scalar:
     raise InvalidRecipe([Problem(place, "", said.get(tag, f"tag `{node.tag}`: recipes hold plain values, no tags"))])
 
 
+_PLAIN = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
+MOST_VALUES = 10_000
+"""Values that one recipe may hold."""
+
+
 class _Reader:
     """Turns YAML nodes into `Node`s; collects what is wrong instead of stopping at the first."""
 
     def __init__(self, source: str, text: str, fixed: Place | None) -> None:
         self.source, self.lines, self.fixed = source, text.splitlines(), fixed
         self.problems: list[Problem] = []
+        self.count = 0
 
     def place(self, start: Any, end: Any = None) -> Place:
         if self.fixed:
@@ -280,8 +286,14 @@ class _Reader:
     def node(self, raw: yaml.Node, key: Place | None = None, path: str = "") -> Node:
         place = self.place(raw.start_mark, raw.end_mark)
         key = key or place
+        self.count += 1
+        if self.count > MOST_VALUES:  # a few lines of aliases of aliases can stand for billions
+            said = f"holds more than {MOST_VALUES:,} values, those that an alias repeats included"
+            raise InvalidRecipe([Problem(place, path, said)])
         if isinstance(raw, yaml.ScalarNode):
             return Node(_scalar(raw, place), key, place)
+        if raw.tag not in _PLAIN:
+            raise InvalidRecipe([Problem(place, path, f"tag `{raw.tag}`: recipes hold plain values, no tags")])
         if isinstance(raw, yaml.SequenceNode):
             return Node(tuple(self.node(item, path=f"{path}.{i}") for i, item in enumerate(raw.value)), key, place)
         entries: dict[str, Node] = {}
@@ -389,7 +401,7 @@ class Override(typing.NamedTuple):
 
 def _parse_override(text: str) -> Override:
     """Read `key=value` or `~key`; the value is YAML."""
-    place = Place(f"command line: {text}")
+    place = Place(f"command line: {text if len(text) <= 200 else text[:200] + '…'}")
     key, equals, value = text.partition("=")
     back = key.startswith("~")
     path = tuple(key.lstrip("~").split("."))
