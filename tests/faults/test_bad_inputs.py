@@ -1,4 +1,4 @@
-"""Bad input of every kind: one line that says what came and what was expected, the right exit code, nothing left behind.
+"""Bad input of every kind: one line that says what came and what was expected, its exit code, nothing left behind.
 
 One table: what stands in the folder, the command, its exit code, a part of its message. Not here: what happens to a
 damaged checkpoint or store (test_checkpoint_faults.py, test_data_faults.py), mistakes in the spelling of commands
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from small_runs import command, errors, pretrain, tree
+from breakable import command, errors, pretrain, tree
 
 GZIP = gzip.compress(b'{"text": "a line"}\n' * 200, mtime=0)
 HEADER = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()

@@ -5,7 +5,10 @@ Not here: SIGKILL at random moments (test_campaigns.py), the functions beneath (
 
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +182,30 @@ def test_36_a_store_shorter_than_a_window_is_refused_with_both_lengths() -> None
     (error,) = errors(done)
     assert f"{short:,} tokens" in error and "5,000" in error
     assert tree(Path("out")) == before and not Path("runs").exists()
+
+
+def test_35_the_number_of_workers_changes_no_byte() -> None:
+    Path("text").mkdir()
+    for number in range(5):
+        Path(f"text/{number}.txt").write_text("".join(f"line {n} of file {number}\n" for n in range(50 * number + 1)))
+    for workers in ("1", "3"):
+        words = ("--input", "text", "--document", "line", "--valid", "10%", "--tokenizer", "bytes")
+        done = command("tokenize", *words, "-j", workers, "-o", f"out-{workers}")
+        assert done.exit_code == 0, done.output
+    assert tree(Path("out-1")) == tree(Path("out-3"))
+
+
+@pytest.mark.slow
+def test_30_34_a_long_line_takes_no_memory_of_its_length() -> None:
+    """A document of one line of 1.2 GB, with a bound of 500 MB on all processes together."""
+
+    with Path("long.txt").open("wb") as file:
+        for _ in range(1200):
+            file.write(b"a long line of words " * 47_662)
+    size = Path("long.txt").stat().st_size
+    words = ["--input", "long.txt", "--tokenizer", "bytes", "-o", "out", "--valid", "0", "-j", "1", "--mem", "500MB"]
+    done = subprocess.run([sys.executable, "-m", "megalodon_cli", "tokenize", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest process
+    assert peak < 500e6
+    assert ledger()["bytes"] == size and ledger()["kept"] == 1
