@@ -15,6 +15,7 @@ import pytest
 from breakable import CHECKPOINTS, RUN, copy_of, errors, pretrain, record, step, stopped_run, tree
 
 from megalodon.checkpoint.lock import RunLock
+from megalodon.checkpoint.store import FORMAT
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +169,7 @@ def test_7_8_every_file_of_a_checkpoint_counts() -> None:
 def test_9_a_manifest_of_the_future_names_both_versions() -> None:
     path = step(6) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": "megalodon/checkpoint/99"}))
-    continues_at(4, "has format megalodon/checkpoint/99; this version of megalodon reads megalodon/checkpoint/1")
+    continues_at(4, f"has format megalodon/checkpoint/99; this version of megalodon reads {FORMAT}")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1}', "[" * 100_000, "\x00"])
