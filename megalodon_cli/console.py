@@ -224,6 +224,11 @@ def mark(kind: Mark) -> str:
     return _paint(sign, code, sys.stdout)
 
 
+def marked(text: str) -> str:
+    """Return a piece of the result that stands out: in colour, or in [[ ]] where there is none."""
+    return _paint(text, "32", sys.stdout) if _colored(sys.stdout) else f"[[{text}]]"
+
+
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """Print aligned columns; the first row is the header, columns numbered in `right` are aligned to the right."""
     if _settings.json or not rows:

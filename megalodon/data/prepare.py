@@ -152,7 +152,18 @@ def open_prepared(directory: Path) -> Prepared:
     return Prepared(train, valid, tokenizer, ledger, True, ())
 
 
-def verify_prepared(directory: Path) -> Prepared:
+def held_out(prepared: Prepared, max_tokens: int = 1 << 20) -> list[str]:
+    """Return the text of the first documents of the validation part; the last one may be cut, at a character."""
+    store, texts = prepared.valid, []
+    for begin, end in store.documents(max_tokens):
+        if begin >= max_tokens:
+            break
+        ids = store.tokens(begin, min(end, max_tokens)).tolist()
+        texts.append(b"".join(map(prepared.tokenizer.token_bytes, ids)).decode("utf-8", "ignore"))
+    return texts
+
+
+def verify_prepared(directory: Path, threads: int = 1) -> Prepared:
     """Check sizes, hashes, ids, parts and ledger. Raises: CheckFailed; DataError if there is no store at all."""
     if not (directory / MANIFEST).is_file():
         raise DataError(f"{directory}: not a token store ({MANIFEST} is missing)")
@@ -160,8 +171,8 @@ def verify_prepared(directory: Path) -> Prepared:
         prepared = open_prepared(directory)
     except DataError as error:
         raise CheckFailed(str(error)) from None
-    prepared.train.verify()
-    prepared.valid.verify()
+    prepared.train.verify(threads)
+    prepared.valid.verify(threads)
     prepared.ledger.check()
     for name, store, told in (
         ("train", prepared.train, prepared.ledger.train),

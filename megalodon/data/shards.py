@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -458,6 +459,12 @@ class Store:
         """Return where documents begin in [start, stop), as positions in the stream."""
         length = (self.num_tokens if stop is None else stop) - start
         return self.starts_in(np.array([start]), length)[1] + start
+
+    def documents(self, count: int) -> Iterator[tuple[int, int]]:
+        """Yield (begin, end) in the stream of the first documents, `count` at most."""
+        for base, shard in zip(self._bases.tolist(), self._shards, strict=False):
+            yield from itertools.pairwise((shard.bounds[: count + 1] + base).tolist())
+            count -= min(count, len(shard.bounds) - 1)
 
     def bad_token(self, position: int) -> DataError:
         """Return the error of a token outside the vocabulary: its file, shard, place and value."""

@@ -279,6 +279,19 @@ def _byte_tokenizer(path: Path, content: bytes) -> ByteTokenizer:
     return ByteTokenizer(reserve)
 
 
+def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """Return how many bytes of UTF-8 an id stands for on average: 1 for plain bytes, more for shorter sequences.
+
+    Raises: DataError for texts without a character.
+    """
+    size = count = 0
+    for text in texts:
+        size, count = size + len(_utf8(text)), count + len(tokenizer.encode_array(text))
+    if not count:
+        raise DataError("no text to count the bytes of a token on")
+    return size / count
+
+
 def check_path(config: TokenizerConfig) -> Path | None:
     """Return the file of `tokenizer.path`. Raises: DataError for a Hub name, a missing file, or a path with bytes."""
     if config.path is None:

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 import typer
 
 from megalodon.errors import InputError
-from megalodon_cli import console, recipe_files
+from megalodon_cli import console, recipe_files, store_looks
 
 if TYPE_CHECKING:
     from megalodon.data.ingest import CorpusConfig
     from megalodon.data.prepare import Prepared, Progress
-    from megalodon.data.tokenizer import TokenizerConfig
+    from megalodon.data.tokenizer import Tokenizer, TokenizerConfig
+
+    Others = Mapping[str, Tokenizer]
 
 FormatName = Literal["auto", "text", "jsonl", "parquet", "csv", "arrow"]
 DocumentName = Literal["file", "line", "blank-line"]
-_SHOWN_TOKENS = 64
 
 
 def tokenize(
@@ -57,6 +58,14 @@ def tokenize(
     model_type: Annotated[
         Literal["bpe", "unigram"] | None,
         typer.Option(help="Algorithm of the trained tokenizer; bpe if left out.", rich_help_panel="Model"),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="T",
+            help="Compare bytes per token with FILE.model or the store in a directory; repeatable.",
+            rich_help_panel="Model",
+        ),
     ] = None,
     valid: Annotated[
         str | None,
@@ -132,7 +141,13 @@ def tokenize(
         megalodon tokenize --stats data/books
     """
     names, changes = recipe_files.split(arguments or [])
-    named = {"--input": inputs, "-o": [out_dir], "--tokenizer": [tokenizer], "the recipe or DIR": arguments}
+    named = {
+        "--input": inputs,
+        "-o": [out_dir],
+        "--compare": compare,
+        "--tokenizer": [tokenizer],
+        "the recipe or DIR": arguments,
+    }
     if empty := [what for what, values in named.items() if "" in (values or ())]:
         raise InputError(f"{empty[0]} is empty; expected a name")
     of_input = {
@@ -141,12 +156,21 @@ def tokenize(
     }
     looks = {"--stats": stats, "--inspect": inspect, "--verify": verify}
     if flag := next(iter(_given(looks)), None):
-        building = {"--input": inputs, **of_input, "--valid": valid, "--dedup": dedup, "--no-bos": no_bos}
+        building = {
+            "--input": inputs,
+            **of_input,
+            "--compare": compare,
+            "--valid": valid,
+            "--dedup": dedup,
+            "--no-bos": no_bos,
+        }
         building |= {"--no-eos": no_eos, "--on-error": on_error, "-o": out_dir, "--workers": workers, "--mem": mem}
         directory = _looked_at(flag, inspect, names, [*_given(looks)[1:], *_given(building), *changes])
-        return _stats(directory) if stats else _inspect(directory, inspect) if inspect else _verify(directory)
+        if inspect:
+            return store_looks.show_documents(directory, inspect)
+        return store_looks.show_stats(directory) if stats else store_looks.show_check(directory)
     common = _common(valid, dedup, no_bos, no_eos, on_error)
-    effort = _Effort(workers, _memory(mem))
+    effort, others = _Effort(workers, _memory(mem)), _compared(compare or [])
     if inputs:
         if names or changes:
             raise InputError(f"--input and the recipe `{(names + changes)[0]}` are both given; expected one of them")
@@ -156,13 +180,13 @@ def tokenize(
         reading = {"format": format, "field": field, "document": document}
         with _ended_by_signals(), _Stdin() as stdin:
             sources = _sources(inputs, reading, stdin)
-            return _run(_corpus({**common, "sources": sources}), chosen, Path(out_dir), effort)
+            return _run(_corpus({**common, "sources": sources}), chosen, Path(out_dir), effort, others)
     if not names:
         raise InputError("nothing to do; give a RECIPE, or --input PATH with -o DIR", hint="megalodon tokenize --help")
     if wrong := _given(of_input):
         raise InputError(f"{wrong[0]} belongs to --input; with a recipe change its keys, such as tokenizer.kind=bytes")
     with _ended_by_signals():
-        _from_recipe(names, [*_as_changes(common), *changes], Path(out_dir) if out_dir else None, effort)
+        _from_recipe(names, [*_as_changes(common), *changes], Path(out_dir) if out_dir else None, effort, others)
 
 
 class _Effort(NamedTuple):
@@ -335,16 +359,18 @@ def _sources(inputs: Sequence[str], reading: dict[str, str], stdin: _Stdin) -> t
     return tuple(sources)
 
 
-def _from_recipe(names: list[str], changes: list[str], out_dir: Path | None, effort: _Effort) -> None:
+def _from_recipe(names: list[str], changes: list[str], out_dir: Path | None, effort: _Effort, others: "Others") -> None:
     from megalodon.recipe import RunConfig
 
     config = recipe_files.load(names, changes).config
     if not isinstance(config, RunConfig):
         raise InputError(f"{names[-1]} is a {config.kind} recipe; expected one of kind pretrain")
-    _run(config.data, config.tokenizer, out_dir or config.data.dir or Path("data") / config.name, effort)
+    _run(config.data, config.tokenizer, out_dir or config.data.dir or Path("data") / config.name, effort, others)
 
 
-def _run(data: "CorpusConfig", tokenizer: "TokenizerConfig", directory: Path, effort: _Effort) -> None:
+def _run(
+    data: "CorpusConfig", tokenizer: "TokenizerConfig", directory: Path, effort: _Effort, others: "Others"
+) -> None:
     """Build or open the store, with progress, and print its ledger."""
     from megalodon.data.prepare import prepare_store
 
@@ -366,7 +392,34 @@ def _run(data: "CorpusConfig", tokenizer: "TokenizerConfig", directory: Path, ef
         )
     if not prepared.ledger.valid:
         console.note("no document was kept for validation; raise --valid, or train with data.valid.path")
-    console.document("tokenize", _summary(directory, prepared))
+    trained = tokenizer.kind == "sentencepiece" and tokenizer.path is None and not prepared.up_to_date
+    ratios = _ratios(prepared, others) if others or trained else {}
+    console.document("tokenize", store_looks.summary(directory, prepared) | {"bytes_per_token": ratios})
+
+
+def _compared(names: Sequence[str]) -> "Others":
+    """Return the tokenizers to compare with, by name; plain bytes are always among what is shown."""
+    from megalodon.data.prepare import TOKENIZER
+    from megalodon.data.tokenizer import load_tokenizer
+
+    folders = {name: Path(name) / TOKENIZER for name in names if name != "bytes"}
+    return {name: load_tokenizer(folder if folder.is_dir() else Path(name)) for name, folder in folders.items()}
+
+
+def _ratios(prepared: "Prepared", others: "Others") -> dict[str, float]:
+    """Print and return the bytes of held-out text that a token of each tokenizer stands for."""
+    from megalodon.data.prepare import held_out
+    from megalodon.data.tokenizer import bytes_per_token
+
+    texts = held_out(prepared)
+    if not texts:
+        return {}
+    found = {"this": bytes_per_token(prepared.tokenizer, texts), "bytes": 1.0}
+    found |= {name: bytes_per_token(other, texts) for name, other in others.items()}
+    size = sum(len(text.encode()) for text in texts)
+    shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found.items())
+    console.result(f"held out   {size:,} bytes, bytes/token: {shown}")
+    return found
 
 
 @contextlib.contextmanager
@@ -412,78 +465,3 @@ class _Shown:
             f"{report.documents:,} documents, {report.bytes / 1e6:,.1f} MB, {report.tokens:,} tokens, "
             f"{speed / 1e6:.1f} MB/s, {console.amount(tokens)} tokens/s" + (f", {rest:.0f} s left" if rest else "")
         )
-
-
-def _summary(directory: Path, prepared: "Prepared") -> dict[str, Any]:
-    return {
-        "directory": str(directory),
-        "fingerprint": prepared.train.fingerprint,
-        "up_to_date": prepared.up_to_date,
-        "vocab_size": prepared.train.vocab_size,
-        "tokenizer": {"kind": prepared.tokenizer.kind, "sha256": prepared.tokenizer.sha256},
-        "ledger": prepared.ledger._asdict(),
-    }
-
-
-# ------------------------------------------------------------------------------------------------ looking
-
-
-def _stats(directory: Path) -> None:
-    import numpy as np
-
-    from megalodon.data.prepare import open_prepared
-
-    prepared = open_prepared(directory)
-    for line in prepared.ledger.lines():
-        console.result(line)
-    rows = [["part", "source", "tokens", "documents", "bytes"]]
-    for part, store in (("train", prepared.train), ("valid", prepared.valid)):
-        for name in store.sources:
-            own = store.source(name)
-            rows.append([part, name, f"{own.num_tokens:,}", f"{own.num_documents:,}", f"{own.text_bytes:,}"])
-    console.result()
-    console.table(rows, right=(2, 3, 4))
-    lengths = np.concatenate([prepared.train.lengths(), prepared.valid.lengths()])
-    powers, counts = np.unique(np.floor(np.log2(lengths)).astype(int), return_counts=True)
-    histogram = {f"{2**power}": int(count) for power, count in zip(powers.tolist(), counts.tolist(), strict=True)}
-    console.result()
-    longest = max(histogram.values())
-    shown = [
-        [f"{int(low):,} to {2 * int(low) - 1:,}", f"{n:,}", "█" * -(-30 * n // longest)] for low, n in histogram.items()
-    ]
-    console.table([["tokens", "documents", ""], *shown], right=(0, 1))
-    console.document("tokenize", {**_summary(directory, prepared), "lengths": histogram})
-
-
-def _inspect(directory: Path, count: int) -> None:
-    from megalodon.data.prepare import open_prepared
-
-    prepared = open_prepared(directory)
-    store, tokenizer = prepared.train, prepared.tokenizer
-    begins = store.starts()[:count].tolist()
-    ends = (
-        [*begins[1:], store.num_tokens]
-        if len(begins) == store.num_documents
-        else store.starts()[1 : count + 1].tolist()
-    )
-    rows = []
-    for begin, end in zip(begins, ends, strict=True):
-        ids = store.tokens(begin, min(end, begin + _SHOWN_TOKENS)).tolist()
-        names = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
-        pieces = [names.get(i) or tokenizer.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids]
-        rows.append({"start": begin, "tokens": end - begin, "ids": ids, "pieces": pieces})
-        visible = "|".join(piece.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") for piece in pieces)
-        more = f"| … {end - begin - len(ids):,} more" if end - begin > len(ids) else ""
-        console.result(f"document at {begin:,}, {end - begin:,} tokens: {visible}{more}")
-    console.document("tokenize", {"directory": str(directory), "documents": rows})
-
-
-def _verify(directory: Path) -> None:
-    from megalodon.data.prepare import verify_prepared
-
-    prepared = verify_prepared(directory)
-    tokens = prepared.train.num_tokens + prepared.valid.num_tokens
-    console.result(
-        f"{directory}: {tokens:,} tokens, sizes, hashes, ids and ledger agree ({prepared.train.fingerprint[:8]})"
-    )
-    console.document("tokenize", _summary(directory, prepared))

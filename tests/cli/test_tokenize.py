@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -47,6 +48,36 @@ def test_training_a_tokenizer_and_using_it_again(work: Path) -> None:
     assert Path("a/00000.bin").read_bytes() == Path("b/00000.bin").read_bytes()
 
 
+def test_a_trained_tokenizer_is_compared_on_text_that_was_held_out(work: Path) -> None:
+    common = ("--input", "text.txt", "--document", "line", "--valid", "30%")
+    assert run(*common, "--tokenizer", "bytes", "-o", "plain").exit_code == 0
+    trained = ("--train", "--vocab-size", "310")
+    result = run(*common, *trained, "-o", "a", "--compare", "plain", "--compare", "bytes")
+    assert result.exit_code == 0, result.stderr
+    found = re.search(
+        r"held out   ([0-9,]+) bytes, bytes/token: this ([0-9.]+), bytes 1.00, plain 1.00$", result.stdout, re.M
+    )
+    assert found and float(found[2]) > 1.2
+    valid = json.loads(Path("a/valid/manifest.json").read_text())
+    assert int(found[1].replace(",", "")) == valid["text_bytes"]
+    again = run(*common, *trained, "-o", "a", "--compare", "a/tokenizer/tokenizer.model", "--compare", "a")
+    assert f"this {found[2]}, bytes 1.00, a/tokenizer/tokenizer.model {found[2]}, a {found[2]}" in again.stdout
+    wrong = run(*common, *trained, "-o", "b", "--compare", "nowhere")
+    assert wrong.exit_code == 2 and "nowhere: no such file" in wrong.stderr and not Path("b").exists()
+
+
+def test_looks_answer_in_json(work: Path) -> None:
+    assert run(*PLAIN).exit_code == 0
+    for look, key in (("--stats", "lengths"), ("--verify", "fingerprint"), ("--inspect=2", "documents")):
+        shown = CliRunner().invoke(app, ["--json", "tokenize", look, "out"])
+        document = json.loads(shown.stdout)
+        assert (document["schema"], document["ok"]) == ("megalodon/tokenize/1", True)
+        assert key in document["result"]
+    rows = document["result"]["documents"]
+    assert [row["trained"][0] for row in rows] == [False, False]
+    assert all(all(row["trained"][1:]) and len(row["trained"]) == len(row["ids"]) for row in rows)
+
+
 def test_stdin_is_an_input(work: Path) -> None:
     result = run("--input", "-", "--tokenizer", "bytes", "--no-bos", "--no-eos", "-o", "out", stdin="héllo\n".encode())
     assert result.exit_code == 0, result.stderr
@@ -68,7 +99,8 @@ def test_looking_at_a_store(work: Path) -> None:
     assert "documents  read 300" in stats.stdout
     assert "16 to 31" in stats.stdout
     shown = run("--inspect", "2", "out")
-    assert shown.stdout.splitlines()[0].startswith("document at 0, 20 tokens: <bos>|l|i|n|e| |0|")
+    assert shown.stdout.splitlines()[0].startswith("document at 0, 20 tokens: <bos>|[[l|i|n|e| |0|")
+    assert shown.stdout.splitlines()[1].endswith("|<eos>]]")
     assert len(shown.stdout.splitlines()) == 2
     assert run("--verify", "out").exit_code == 0
     raw = bytearray(Path("out/00000.bin").read_bytes())

@@ -86,6 +86,13 @@ def test_reading_crosses_shards(store: Store) -> None:
         store.tokens(3, 30)
 
 
+def test_the_first_documents_have_begin_and_end(store: Store) -> None:
+    ends = np.cumsum(LENGTHS).tolist()
+    whole = list(zip([0, *ends[:-1]], ends, strict=True))
+    for count in range(9):
+        assert list(store.documents(count)) == whole[:count]
+
+
 def test_both_readers_read_the_same(store: Store) -> None:
     other = open_store(store.path, reader="pread")
     for start in range(30):

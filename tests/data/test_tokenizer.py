@@ -12,6 +12,7 @@ from megalodon.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     TokenizerConfig,
+    bytes_per_token,
     check_path,
     load_tokenizer,
     train_sentencepiece,
@@ -65,9 +66,22 @@ def test_special_ids_come_first(trained: SentencePieceTokenizer) -> None:
     assert (trained.bos_id, trained.eos_id, trained.vocab_size) == (1, 2, 340)
     assert trained.special_ids == frozenset(range(8))
     assert trained.decode([1, *trained.encode("the text"), 2, 3]) == "the text"
+    markers = [f"<|reserved_{number}|>" for number in range(5)]
+    assert [trained._processor.id_to_piece(token) for token in range(3, 8)] == markers
+    assert all(trained._processor.is_control(token) for token in range(3, 8))
+    assert not trained.special_ids & set(trained.encode("".join(markers)))
     plain = ByteTokenizer()
     assert (plain.bos_id, plain.eos_id, plain.vocab_size) == (1, 2, 276)
     assert plain.encode("A") == [20 + 65]
+
+
+def test_bytes_per_token_is_one_for_plain_bytes_and_more_for_a_trained_model(trained: SentencePieceTokenizer) -> None:
+    texts = ["line 3 of the text, café\n", "the and of"]
+    assert bytes_per_token(ByteTokenizer(), texts) == 1
+    size, count = sum(len(text.encode()) for text in texts), sum(len(trained.encode(text)) for text in texts)
+    assert bytes_per_token(trained, iter(texts)) == size / count > 1.5
+    with pytest.raises(DataError, match="no text to count"):
+        bytes_per_token(trained, ["", ""])
 
 
 def test_training_is_deterministic_and_splits_digits(trained: SentencePieceTokenizer) -> None:
