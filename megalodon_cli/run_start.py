@@ -69,6 +69,18 @@ def _horizon(config: "RunConfig") -> dict[str, Any]:
     return {"max_steps": train.max_steps, "max_tokens": train.max_tokens, "max_epochs": train.max_epochs}
 
 
+def micro_rows(directory: Path) -> int | None:
+    """Return the windows of a pass that the run in a directory began with, None for a new one.
+
+    `micro_batch: auto` found them, and a run that goes on keeps them: another number would round its sums otherwise.
+    """
+    from megalodon.checkpoint.store import read_json
+
+    path = directory / "run.json"
+    found = read_json(path).get("micro_rows") if path.exists() else None
+    return found if isinstance(found, int) else None
+
+
 def record_of(job: "Job") -> "RunRecord":
     """Return the record of the run in the directory, or of a new one, not yet written. Called under the lock."""
     from megalodon.training.run import branch_point, new_record, open_record
@@ -108,6 +120,7 @@ def begin(job: "Job", record: "RunRecord", unigram: float | None) -> None:
         steps=plan.horizon,
         horizon=_horizon(job.config),
         parameters=job.model_config.num_parameters(),
+        micro_rows=plan.micro_rows,
         unigram_bits_per_byte=unigram,
         data={
             "train": job.prepared.train.fingerprint,

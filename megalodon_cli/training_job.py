@@ -48,6 +48,7 @@ def prepare(resolved: "Resolved", asked: Asked, *, scratch: bool = False) -> Job
     from megalodon.data.loader import Loader
     from megalodon.data.prepare import prepare_store
     from megalodon.data.shards import open_store
+    from megalodon.training.memory import available_memory, fitted
     from megalodon.training.plan import make_plan
     from megalodon.training.run import frozen_values
     from megalodon.training.sinks import require
@@ -79,6 +80,8 @@ def prepare(resolved: "Resolved", asked: Asked, *, scratch: bool = False) -> Job
     loader = Loader(prepared.train, config.data.seq_len, config.data.isolate, config.train.seed, config.data.weights())
     plan = make_plan(*parts, seq_len=config.data.seq_len, windows=loader.num_samples, device=asked.device)
     model_config = config.model_config_for(prepared.tokenizer.vocab_size)
+    before = None if scratch else run_start.micro_rows(directory)
+    plan = fitted(model_config, plan, available_memory(plan.device), before)
     return Job(config, resolved, directory, prepared, loader, model_config, plan, frozen, asked)
 
 

@@ -123,10 +123,11 @@ def header(job: "Job", peak: float) -> None:
         f"{epochs:.2f} epochs; {plan.micro_rows} in a pass"
     )
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
+    memory = f"memory {plan.needs.total(plan.micro_rows) / 2**30:.1f} GiB, " if plan.needs else ""
     disk = (12 * kept + 4) * count
     console.info(
-        f"  needs    disk {console.amount(disk, ' ', 'G')}B for up to {kept} checkpoints and the model (derived); "
-        f"matrix product of this machine {console.amount(peak, ' ', 'G')}FLOP/s (measured)"
+        f"  needs    {memory}disk {console.amount(disk, ' ', 'G')}B for up to {kept} checkpoints and the model "
+        f"(derived); matrix product of this machine {console.amount(peak, ' ', 'G')}FLOP/s (measured)"
     )
     for note in job.prepared.notes:
         console.detail(note)

@@ -15,6 +15,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,12 +38,14 @@ from megalodon.checkpoint.store import (
 )
 from megalodon.data.loader import IGNORED, Batch, Loader
 from megalodon.data.prefetch import Prefetch
-from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError, OutOfMemory
+from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError
 from megalodon.model.loss import loss_sums
 from megalodon.model.megalodon import Megalodon, ModelConfig
 from megalodon.model.state import State
+from megalodon.training.execution import compile_model, deterministic, eager, recompute
 from megalodon.training.guard import StepGuard, Verdict
 from megalodon.training.health import health_row
+from megalodon.training.memory import explained
 from megalodon.training.metrics import MetricsLog, flops_per_token, machine_row
 from megalodon.training.optim import (
     AveragedWeights,
@@ -110,6 +113,8 @@ class Run:
     """Called between two steps; shows others that the owner of the run directory lives."""
     stop: Callable[[], str | None] = lambda: None
     """Returns why the run is to stop after this step, or None."""
+    around: Callable[[int], AbstractContextManager[object]] = contextlib.nullcontext
+    """Entered around each step, by its number: a trace, for example. It changes nothing of the step."""
     stop_at_step: int | None = None
     max_seconds: float | None = None
     peak_flops: float | None = None
@@ -151,17 +156,17 @@ def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Re
         NumericalError: the guard gave up.   CheckpointError: checkpoints exist and none can be used.
         EnvironmentFault: a checkpoint could not be written.   OutOfMemory: the device's memory does not suffice.
     """
-    smaller = f"train.micro_batch={plan.micro_rows // 2}" if plan.micro_rows > 1 else "a smaller data.seq_len or model"
-    with _out_of_memory(plan.device, "a smaller model"):
+    with explained(plan, building=True):
         trainer = Trainer(model_config, loader, plan, run)
     with (
-        _deterministic(plan.config.deterministic),
-        _out_of_memory(plan.device, smaller),
+        deterministic(plan.config.deterministic),
+        explained(plan),
         contextlib.closing(trainer.metrics),
         trainer.saves_ended(),
         contextlib.closing(trainer.batches),
     ):
         trainer.resume()
+        trainer.compile()
         return trainer.run_to_the_end()
 
 
@@ -173,6 +178,7 @@ class Trainer:
         self.batches = Prefetch(lambda first: loader.batch(first, plan.rows), plan.rows)
         backend: Any = plan.config.backend
         self.model = Megalodon(model_config, seed=plan.config.seed, backend=backend).to(plan.device)
+        recompute(self.model, plan.config.recompute)
         self.optimizer = build_optimizer(self.model, plan.optim)
         guard = plan.config.guard
         self.guard = StepGuard(guard.nonfinite, guard.spike)
@@ -195,6 +201,11 @@ class Trainer:
         self.saver = Saver(self.checkpoints, plan.checkpoint)
         self.saved: Path | None = None
         self.saved_step = 0
+
+    def compile(self) -> None:
+        """Compile what the recipe asks for, and say so."""
+        if text := compile_model(self.model, self.plan.config.compile, self.plan.device):
+            self.run.report({"kind": "note", "event": "compile", "text": text})
 
     def train_step(self) -> list[Row]:
         """Take one optimizer step: batch, gradient, verdict, update; return its rows of metrics.
@@ -358,7 +369,9 @@ class Trainer:
                 return self._result("milestone", f"step {self.run.stop_at_step:,} was asked for")
             if self._save_due():
                 self._save(background=self.plan.checkpoint.background)
-            for row in self.train_step():
+            with self.run.around(self.step + 1):
+                rows = self.train_step()
+            for row in rows:
                 self._write(row)
 
     def _result(self, status: Literal["finished", "milestone", "stopped"], reason: str) -> Result:
@@ -387,7 +400,8 @@ class Trainer:
         self.model.eval()
         for task in due:
             try:
-                rows = self._ask(task)
+                with eager(self.model):
+                    rows = self._ask(task)
             except Exception as error:  # whatever it is, the steps since the last save must not be lost with it
                 if not isinstance(error, NumericalError):
                     self._save()
@@ -561,27 +575,3 @@ class Trainer:
 def _step_seed(seed: int, step: int) -> int:
     """Return the seed of the random numbers of a step: a resumed run draws what an uninterrupted one would."""
     return int.from_bytes(hashlib.sha256(f"{seed}|dropout|{step}".encode()).digest()[:8], "little") >> 1
-
-
-@contextlib.contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """Make PyTorch refuse operations whose result may differ between two runs."""
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if wanted:
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
-
-
-@contextlib.contextmanager
-def _out_of_memory(device: torch.device, smaller: str) -> Iterator[None]:
-    """Raises: OutOfMemory, with what would fit, for what PyTorch and Python raise on a GPU and on a CPU."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        said = (str(error).splitlines() or [""])[0].rpartition("DefaultCPUAllocator: ")[2]
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
-            raise
-        raise OutOfMemory(f"out of memory on {device}: {said or 'Python found none'}", smaller) from error

@@ -6,7 +6,7 @@ Not here: doing it (loop.py), the learning rate of a step (schedule.py).
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from megalodon.training.optim import OptimConfig
 from megalodon.training.schedule import SeqLenWarmupConfig, check_warmup, horizon_steps
 
 MICRO_TOKENS = {"cpu": 8_192, "cuda": 16_384}
-"""Tokens of a forward pass with `micro_batch: auto`."""
+"""Tokens of a forward pass with `micro_batch: auto`, before the memory was looked at (memory.py)."""
 
 
 class TrainConfig(Config):
@@ -35,15 +35,18 @@ class TrainConfig(Config):
     batch_tokens: Count = Field(default=524_288, ge=1)
     """Tokens of an optimizer step over all devices; accumulation follows."""
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Sequences in one forward pass; auto: as many as 8,192 tokens hold on a CPU, 16,384 on a GPU."""
+    """Sequences in one forward pass; auto, found before step 1: on a CPU as many as 8,192 tokens hold, fewer if memory
+    is short; on a GPU the most that a real pass has room for."""
     precision: Literal["auto", "bf16-mixed", "bf16", "fp32"] = "auto"
     """Arithmetic: auto is bf16-mixed on a GPU and fp32 on a CPU."""
     backend: Literal["auto", "triton", "portable", "reference"] = "auto"
     """Implementation of the ops."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile; auto: off."""
+    """torch.compile of feed-forward networks and RMSNorms; auto: off on a CPU, where it gains nothing, on on a GPU if
+    the compilers are there; true: compile or refuse."""
     recompute: Literal["none", "attention", "block"] = "none"
-    """Activations computed again in the backward pass instead of kept."""
+    """Activations computed again in the backward pass instead of kept: of no part, of the attention half of every
+    block, of whole blocks. Gradients stay the same bit by bit."""
     seq_len_warmup: SeqLenWarmupConfig | None = None
     """Windows cut into shorter ones at first, such as {start: 512, over: 5%}; null = none."""
     loss_chunk: Count = Field(default=2048, ge=1)
@@ -51,7 +54,7 @@ class TrainConfig(Config):
     seed: int = Field(default=1, ge=0)
     """Seed of weights, data order and dropout."""
     deterministic: bool = False
-    """Refuse operations whose result may differ between two runs."""
+    """Refuse operations whose result may differ between two runs; also cuDNN's choice of algorithms, and TF32."""
     guard: GuardConfig = GuardConfig()
     """What happens to a step that looks wrong."""
 
@@ -67,6 +70,25 @@ class ParallelConfig(Config):
     """Devices that share one sequence (chunk parallelism)."""
     tp: int = Field(default=1, ge=1)
     """Devices that share one layer."""
+
+
+class Needs(NamedTuple):
+    """Bytes of its device that a run needs; the windows' are measured on one (memory.py), the others derived."""
+
+    weights: int
+    """Parameters, their gradients and, with optim.ema, their average."""
+    optimizer: int
+    loss: int
+    """The logits of a slice, and the gradient of the output matrix."""
+    window: int
+    """Of each window of a pass."""
+    window_recomputed: int
+    """The same with `recompute: block`; derived."""
+
+    def total(self, rows: int, *, recomputed: bool = False) -> int:
+        """Return the bytes of a run whose passes have so many windows."""
+        window = self.window_recomputed if recomputed else self.window
+        return self.weights + self.optimizer + self.loss + rows * window
 
 
 @dataclass(frozen=True)
@@ -87,6 +109,8 @@ class Plan:
     device: torch.device
     bf16: bool
     """Matrix products in bfloat16 through autocast; parameters, sums and the optimizer stay float32."""
+    needs: Needs | None = None
+    """What it takes of the device's memory; None until it was measured."""
 
     @property
     def batch_tokens(self) -> int:
@@ -169,9 +193,6 @@ def _refuse_unsupported(
     values: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("train.precision", config.precision, ("auto", "bf16-mixed", "fp32")),
         ("train.backend", config.backend, ("auto", "portable", "reference")),
-        ("train.compile", config.compile, ("auto", False)),
-        ("train.recompute", config.recompute, ("none",)),
-        ("train.deterministic", config.deterministic, (False, True) if device.type == "cpu" else (False,)),
         ("parallel.dp_replicate", parallel.dp_replicate, (1,)),
         ("parallel.dp_shard", parallel.dp_shard, ("all", 1)),
         ("parallel.cp", parallel.cp, (1,)),

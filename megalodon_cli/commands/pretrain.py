@@ -3,8 +3,9 @@
 Not here: the step and its loop (megalodon/training/loop.py), scores (megalodon/evaluation), tokens (megalodon/data).
 """
 
+import os
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,18 @@ def pretrain(
     stop_at_step: Annotated[
         int | None, typer.Option(min=1, help="Stop and save after this step.", rich_help_panel="Run")
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="A..B", help="Trace steps A to B into RUN/profile.", rich_help_panel="Run"),
+    ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Bit by bit the same each time, = train.deterministic=true; slower.",
+            rich_help_panel="Run",
+        ),
+    ] = False,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY", help="Continue although this frozen key differs.", rich_help_panel="Run"),
@@ -126,16 +139,25 @@ def pretrain(
     # app.spelled writes these three as changes, in their place on the line; they reach a caller from Python as they are
     keys = {"model.init_from": init_from, "train.max_steps": max_steps, "train.max_tokens": max_tokens}
     changes += [f"{key}={value}" for key, value in keys.items() if value is not None]
-    seconds = _seconds(max_time)
+    changes += ["train.deterministic=true"] if deterministic else []
+    seconds, traced = _seconds(max_time), _steps(profile)
     if resume not in ("auto", "never") and any(change.startswith("model.init_from=") for change in changes):
         raise InputError("--resume STEP_DIR and --init-from are both given; a step has its own weights, drop one")
-    ways = {"--dry-run": dry_run, "--check-resume": check_resume, "--stop-at-step": stop_at_step, "--max-time": seconds}
+    ways: dict[str, object] = {
+        "--dry-run": dry_run,
+        "--check-resume": check_resume,
+        "--stop-at-step": stop_at_step,
+        "--max-time": seconds,
+    }
+    ways["--profile"] = profile
     _one_of(ways)
     if console.wants_json() and not dry_run and not check_resume:
         raise InputError("--json: pretrain prints a document only with --dry-run or --check-resume")
     resolved = recipe_files.load(names, changes)
     asked = Asked(device, resume, out_dir, allow_change or (), no_prepare)
     with Signals() as signals:
+        if resolved.pretraining().train.deterministic:  # cuBLAS reads it when CUDA starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         job = training_job.prepare(resolved, asked, scratch=dry_run or check_resume is not None)
         if job is None:
             return
@@ -144,7 +166,7 @@ def pretrain(
         elif dry_run:
             training_checks.dry_run(job, signals)
         else:
-            _train(job, signals, seconds, stop_at_step, force_unlock)
+            _train(job, signals, seconds, stop_at_step, force_unlock, traced)
 
 
 def _one_of(ways: Mapping[str, object]) -> None:
@@ -166,12 +188,30 @@ def _seconds(text: str | None) -> float | None:
     return seconds
 
 
-def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: int | None, force_unlock: bool) -> None:
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """Read `A..B`. Raises: RecipeError for anything but 1 <= A <= B."""
+    if text is None:
+        return None
+    first, _, last = text.partition("..")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise RecipeError(f"--profile: expected steps A..B with 1 <= A <= B such as 5..8, got `{text}`")
+    return int(first), int(last)
+
+
+def _train(
+    job: Job,
+    signals: Signals,
+    max_seconds: float | None,
+    stop_at_step: int | None,
+    force_unlock: bool,
+    traced: tuple[int, int] | None,
+) -> None:
     """Train, export, and print the result. Raises: Stopped if a signal, a file or the clock ended it early."""
     from megalodon.checkpoint.lock import RunLock
     from megalodon.checkpoint.store import clean_leftovers, make_directory
     from megalodon.data.loader import token_bytes_table, validation_batches
     from megalodon.evaluation.perplexity import unigram_bits_per_byte
+    from megalodon.profiling.trace import StepTrace
     from megalodon.recipe import dump
     from megalodon.training.host_memory import keep_freed_memory
     from megalodon.training.loop import Run, train
@@ -179,6 +219,8 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
     from megalodon.training.sinks import Sinks
 
     config, plan, tokenizer = job.config, job.plan, job.prepared.tokenizer
+    if traced and traced[0] > plan.horizon:
+        raise RecipeError(f"--profile {traced[0]}..{traced[1]}: the run has {plan.horizon:,} steps")
     if plan.device.type == "cpu":
         keep_freed_memory()
     bytes_table = token_bytes_table(tokenizer)
@@ -196,6 +238,10 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
         screen = Screen(live, plan.horizon, config.log.every, record)
         sinks = places.enter_context(closing(Sinks(config.log.to, job.directory, screen)))
 
+        trace = StepTrace(job.directory / "profile", *traced) if traced else None
+        if trace:
+            places.callback(trace.close)
+
         def begin() -> None:
             run_start.begin(job, record, unigram)
             sinks.open(job.frozen, offline=console.settings().offline)
@@ -212,6 +258,7 @@ def _train(job: Job, signals: Signals, max_seconds: float | None, stop_at_step: 
             report=sinks,
             beat=lock.beat,
             stop=signals.reason,
+            around=trace.around if trace else nullcontext,
             stop_at_step=stop_at_step,
             max_seconds=max_seconds,
             peak_flops=peak,

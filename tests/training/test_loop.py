@@ -451,8 +451,6 @@ def test_the_state_of_the_optimizer_has_a_name_for_every_tensor() -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "train.precision bf16 ": {"train": {"precision": "bf16"}},
     "train.backend triton ": {"train": {"backend": "triton"}},
-    "train.compile true ": {"train": {"compile": True}},
-    "train.recompute block ": {"train": {"recompute": "block"}},
     "parallel.dp_replicate 2 ": {"parallel": {"dp_replicate": 2}},
     "parallel.dp_shard 4 ": {"parallel": {"dp_shard": 4}},
     "parallel.cp 2 ": {"parallel": {"cp": 2}},
@@ -477,9 +475,7 @@ def test_a_part_of_a_batch_or_a_number_of_devices_is_at_least_one(number: int) -
 
 
 def test_the_help_of_micro_batch_tells_what_auto_takes() -> None:
-    assert all(
-        f"{tokens:,}" in str(TrainConfig.model_fields["micro_batch"].description) for tokens in MICRO_TOKENS.values()
-    )
+    assert f"{MICRO_TOKENS['cpu']:,}" in str(TrainConfig.model_fields["micro_batch"].description)
 
 
 def test_numbers_that_do_not_go_together_name_all_parties() -> None:

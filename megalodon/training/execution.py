@@ -1,0 +1,151 @@
+"""How a finished model runs, without a change to what it computes: recomputation, compilation, determinism.
+
+    recompute(model, "block")            # activations are computed again in the backward pass instead of kept
+    note = compile_model(model, …)       # parts are compiled in place; names of parameters stay
+    with deterministic(True): …
+
+Not here: which model (model/megalodon.py), how many rows a pass has and what memory it takes (memory.py).
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megalodon.errors import EnvironmentFault
+from megalodon.model.megalodon import Block, Megalodon
+
+Recompute = Literal["none", "attention", "block"]
+LIMIT = 64
+"""Shapes a compiled part is compiled for, one more is an error; windows that grow (warm-up) need one a length."""
+
+
+def recompute(model: Megalodon, what: Recompute) -> None:
+    """Let every block, or its attention half, keep its input alone until its gradient is needed.
+
+    The forward pass of that part then runs twice, with the random numbers of the first time: loss and gradients are
+    bitwise those of `none`. Where no gradient is recorded nothing changes.
+    """
+    for block in _blocks(model) if what != "none" else ():
+        part = block if what == "block" else block.mega
+        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def keep_all(model: Megalodon) -> None:
+    """Take back `recompute`."""
+    for block in _blocks(model):
+        for part in (block, block.mega):
+            vars(part).pop("forward", None)
+
+
+def compile_model(model: Megalodon, wanted: Literal["auto"] | bool, device: torch.device) -> str | None:
+    """Compile feed-forward networks and RMSNorms in place; return what the user should know of it, if anything.
+
+    Compiled are the parts without a graph break; the ops read document starts on the host and stay as they are. In
+    float32 on CPU cores (AVX-512, torch 2.13, quickstart and books-tiny) a step takes 0.93 to 1.07 of its eager time,
+    the noise of the measurement, and 18 s to 29 s more before the first; whole blocks break 43 times, take 110 s and
+    gain 3 % to 5 %. So `auto` leaves a CPU alone. On a GPU it compiles: the parts are bound by memory there (expected,
+    not measured yet). Each shape is compiled for itself, so that a resumed run computes what an uninterrupted one does.
+
+    Args:
+        wanted: auto, True: compile or raise, False: never.
+    Raises:
+        EnvironmentFault: True, and a compiler is missing or does not work.
+    """
+    if wanted is False or (wanted == "auto" and device.type == "cpu"):
+        return None
+    fault = _missing_compiler(device) or _failing_compiler(device)
+    if fault and wanted is True:
+        raise EnvironmentFault(f"train.compile is true, but {fault}", "install it, or train.compile=false")
+    if fault:
+        return f"train.compile auto: not compiled, {fault}"
+    for part in _compiled_parts(model):
+        part.compile(dynamic=False, fullgraph=True, recompile_limit=LIMIT, options={"fallback_random": True})
+    return f"train.compile {str(wanted).lower()}: feed-forward networks and RMSNorms are compiled in the first step"
+
+
+@contextlib.contextmanager
+def eager(model: Megalodon) -> Iterator[None]:
+    """Run a compiled model as it was written: batches and prompts of many shapes would each be compiled."""
+    parts = [part for part in _compiled_parts(model) if part._compiled_call_impl is not None]
+    calls = [part._compiled_call_impl for part in parts]
+    for part in parts:
+        part._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for part, call in zip(parts, calls, strict=True):
+            part._compiled_call_impl = call
+
+
+def _blocks(model: Megalodon) -> Iterator[Block]:
+    for block in model.layers:
+        assert isinstance(block, Block)
+        yield block
+
+
+def _compiled_parts(model: Megalodon) -> list[nn.Module]:
+    return [part for block in _blocks(model) for part in (block.nffn, block.mega.rmsnorm)]
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    """Ask torch for the compilers it would use: CXX, else g++; on a GPU Triton too. None if they are there."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler was found (g++, or the one that CXX names)"
+    if device.type == "cuda" and not has_triton():
+        return "Triton, which compiles for a GPU, was not found (pip install triton)"
+    return None
+
+
+def _failing_compiler(device: torch.device) -> str | None:
+    """Compile one small function; return what went wrong: headers may be missing where a compiler is there."""
+    probe: Callable[[torch.Tensor], torch.Tensor] = torch.compile(_probe, dynamic=False, fullgraph=True)
+    try:
+        probe(torch.zeros(32, device=device))
+    except Exception as error:  # whatever a compiler does wrong, it cannot be used
+        lines = [line for line in str(error).splitlines() if line.strip()] or ["no reason was given"]
+        return f"the compiler does not work: {type(error).__name__}: {lines[0]}"
+    return None
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(x) * x
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Make PyTorch refuse operations whose result may differ between two runs; cuDNN and TF32 included.
+
+    On a GPU cuBLAS also needs CUBLAS_WORKSPACE_CONFIG=:4096:8, set before CUDA starts (the command does it); torch
+    raises where it is missing.
+    """
+    if not wanted:
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    fill: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switches = cudnn.deterministic, cudnn.benchmark, matmul.fp32_precision, fill
+    torch.use_deterministic_algorithms(True)
+    _switch(True, False, "ieee", False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        _switch(*switches)
+
+
+def _switch(cudnn_deterministic: bool, cudnn_benchmark: bool, matmul: str, fill: bool) -> None:
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn_deterministic, cudnn_benchmark
+    torch.backends.cuda.matmul.fp32_precision = matmul
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -1,0 +1,192 @@
+"""What a run needs of its device's memory, how many windows fit into a pass, and what to do when memory ran out.
+
+    plan = fitted(model_config, plan, available_memory(plan.device))     # micro_batch: auto, settled before step 1
+    with explained(plan): …                                             # what PyTorch raises becomes OutOfMemory
+
+Not here: activations computed again (execution.py), what else a run will do (plan.py).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalodon.errors import OutOfMemory
+from megalodon.model.loss import loss_sums
+from megalodon.model.megalodon import Megalodon, ModelConfig
+from megalodon.training.execution import recompute
+from megalodon.training.plan import MICRO_TOKENS, Needs, Plan
+
+MARGIN = 1.25
+"""What a pass takes beside the activations it keeps: gradients of activations, scratch of matrix products."""
+_GIB = 2**30
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Return the free bytes of a device; of a CPU what the system says is available. None if that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def fitted(model_config: ModelConfig, plan: Plan, available: int | None, micro_rows: int | None = None) -> Plan:
+    """Return the plan with what it needs and, with `micro_batch: auto`, the windows of a pass that fit.
+
+    On a CPU these are as many as 8,192 tokens hold, where a step is fastest, or fewer if the memory asks for it; on a
+    GPU the most that a real pass forward and back has room for. Nothing of it touches the run or the global generator.
+
+    Args:
+        available:  bytes; None does not bound a CPU.
+        micro_rows: the choice of an earlier part of the same run, which holds: other sums round in another way.
+    Raises:
+        OutOfMemory: not even one window fits.
+    """
+    with explained(plan), _untouched(plan.device):
+        with explained(plan, building=True):
+            model = _built(model_config, plan)
+        needs = _measured(model, plan)
+        if plan.config.micro_batch == "auto" and micro_rows is None:
+            candidates = [n for n in range(plan.rows, 0, -1) if plan.rows % n == 0]
+            if plan.device.type == "cpu":
+                few = [n for n in candidates if n == 1 or n * plan.seq_len <= MICRO_TOKENS["cpu"]]
+                micro_rows = first_that_fits(few, lambda n: available is None or needs.total(n) <= available)
+            else:
+                micro_rows = first_that_fits(candidates, lambda n: _fits(model, plan, n))
+            if micro_rows is None:
+                raise _no_room(replace(plan, micro_rows=1, needs=needs), f"{(available or 0) / _GIB:.1f} GiB are free")
+    return replace(plan, micro_rows=micro_rows or plan.micro_rows, needs=needs)
+
+
+def first_that_fits(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Return the first candidate that fits, None if none does."""
+    return next((n for n in candidates if fits(n)), None)
+
+
+@contextlib.contextmanager
+def explained(plan: Plan, *, building: bool = False) -> Iterator[None]:
+    """Raises: OutOfMemory, with the plan and what would fit, for what PyTorch and Python raise on a GPU and a CPU.
+
+    Args:
+        building: the model itself is being made, which no other pass would make smaller.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        said = (str(error).splitlines() or [""])[0].rpartition("DefaultCPUAllocator: ")[2]
+        said = said or "Python found none"
+        if building:
+            raise OutOfMemory(f"out of memory on {plan.device}: {said}", "a smaller model") from error
+        raise _no_room(plan, said) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    said = (str(error).splitlines() or [""])[0]
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said
+
+
+def _no_room(plan: Plan, said: str) -> OutOfMemory:
+    """What was asked for, what was planned, and three edits with what each would need; all derived."""
+    message = f"out of memory on {plan.device}: {said}"
+    edits: list[str] = []
+    if needs := plan.needs:
+        parts = {"activations": needs.window * plan.micro_rows, "weights and gradients": needs.weights}
+        parts |= {"optimizer": needs.optimizer, "loss": needs.loss}
+        shown = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in sorted(parts.items(), key=lambda p: -p[1]))
+        message += f"; planned {needs.total(plan.micro_rows) / _GIB:.2f} GiB: {shown}"
+    if plan.micro_rows > 1:
+        half = max(n for n in range(1, plan.micro_rows) if plan.rows % n == 0)
+        edits.append(_edit(f"train.micro_batch={half}", needs and needs.total(half)))
+    if plan.config.recompute != "block":
+        edits.append(_edit("train.recompute=block", needs and needs.total(plan.micro_rows, recomputed=True)))
+    if plan.seq_len % 2 == 0:
+        shorter = needs and needs._replace(window=needs.window // 2).total(plan.micro_rows)
+        edits.append(_edit(f"data.seq_len={plan.seq_len // 2}", shorter))
+    return OutOfMemory(message, " · ".join([*edits, "a smaller model"][:3]))
+
+
+def _edit(change: str, size: int | None) -> str:
+    return change if size is None else f"{change} -> {size / _GIB:.2f} GiB (derived)"
+
+
+@contextlib.contextmanager
+def _untouched(device: torch.device) -> Iterator[None]:
+    """Leave the global generators as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _built(model_config: ModelConfig, plan: Plan) -> Megalodon:
+    backend: Any = plan.config.backend
+    model = Megalodon(model_config, seed=plan.config.seed, backend=backend).to(plan.device)
+    recompute(model, plan.config.recompute)
+    return model.train()
+
+
+def _loss(model: Megalodon, plan: Plan, rows: int) -> Tensor:
+    tokens = torch.zeros(rows, plan.seq_len, dtype=torch.int64, device=plan.device)
+    with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
+        hidden, _ = model.hidden(tokens)
+        return loss_sums(hidden, model.output_weight, tokens, plan.config.loss_chunk).objective
+
+
+def _fits(model: Megalodon, plan: Plan, rows: int) -> bool:
+    """Whether a pass of `rows` windows has room beside the moments of the optimizer, which are held meanwhile."""
+    try:
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2 if plan.optim.ema is None else 3)]
+        _loss(model, plan, rows).backward()
+        del moments
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
+
+
+def _measured(model: Megalodon, plan: Plan) -> Needs:
+    """Needs of a run: one window is passed forward and what autograd keeps of it is counted, each storage once."""
+    window = kept_bytes(model, lambda: _loss(model, plan, 1))
+    count, layers = model.num_parameters(), model.config.num_layers
+    inputs = layers * plan.seq_len * model.config.model_dim * 4
+    block = window if plan.config.recompute == "block" else min(window, inputs + window // layers)
+    logits = 2 * min(plan.config.loss_chunk, plan.rows * plan.seq_len) * model.config.num_outputs * 4
+    return Needs(
+        weights=(8 if plan.optim.ema is None else 12) * count,
+        optimizer=8 * count,
+        loss=logits + 4 * model.output_weight.numel(),
+        window=round(MARGIN * window),
+        window_recomputed=round(MARGIN * block),
+    )
+
+
+def kept_bytes(model: Megalodon, forward: Callable[[], Tensor]) -> int:
+    """Return the bytes that autograd keeps of a forward pass for its backward pass, without the parameters."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # or a freed storage would lend its address to the next
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())
