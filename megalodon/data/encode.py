@@ -169,6 +169,8 @@ class _Job:
         self.rejects, self.digests = _Side(side, f"{task.name}.rejects"), _Side(side, f"{task.name}.digests")
         self.shards: list[ShardFile | None] = [None, None]
         self.tokens = 0
+        ends = self.tokenizer.bos_id, self.tokenizer.eos_id
+        self._bos, self._eos = (np.array([token], dtype=np.int32) for token in ends)
         self._told = (0, 0, 0)
 
     def run(self) -> Outcome:
@@ -240,7 +242,7 @@ class _Job:
             self.shards[part] = shard
         split, begins, before = False, True, shard.tokens_so_far
         if self.setup.bos:
-            shard.extend(np.array([self.tokenizer.bos_id], dtype=np.int32))
+            shard.extend(self._bos)
         if isinstance(item, Text) and len(item.text) <= 2 * PIECE:
             shard.extend(self.tokenizer.encode_array(item.text))
         else:
@@ -251,7 +253,7 @@ class _Job:
                 begins = False
                 self._tell(len(text), shard.tokens_so_far - before)
         if self.setup.eos:
-            shard.extend(np.array([self.tokenizer.eos_id], dtype=np.int32))
+            shard.extend(self._eos)
         shard.end_document(size)
         self.tokens += shard.tokens_so_far - before
         return split

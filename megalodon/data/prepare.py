@@ -211,7 +211,9 @@ def prepare_store(
         return _reuse(data, configs, tokenizer, model_file, directory)
     sources = [resolve(config) for config in configs]
     check_distinct(sources)
-    budget = plan(workers, mem, any(config.hf is not None for config in configs))
+    trains = tokenizer.kind == "sentencepiece" and model_file is None
+    sample = min(tokenizer.sample, total_bytes(sources) or tokenizer.sample) if trains else 0
+    budget = plan(workers, mem, any(config.hf is not None for config in configs), sample)
     revisions = {config.name: hub_revision(config, offline) for config in configs if config.hf is not None}
     known = {inputs.config.name: content(inputs, budget.workers) for inputs in sources}
     request = {

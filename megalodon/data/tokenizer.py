@@ -196,8 +196,9 @@ class SentencePieceTokenizer(_Base):
         """Return the ids of a text that UTF-8 can hold as an array; `begins` is False inside a document."""
         if self._dummy_prefix and text and begins:
             text = " " + text
-        if len(text) <= _FEW and SPACE not in text:
-            return np.array(self._processor.encode(text), dtype=np.int32)
+        if len(text) <= _BLOCK and SPACE not in text:
+            few = len(text) <= _FEW
+            return np.array(self._processor.encode(text), np.int32) if few else self._processor.encode_as_numpy(text)
         spelled = np.array([self._bytes_ids[value] for value in SPACE.encode()], dtype=np.int32)
         ids = [np.empty(0, dtype=np.int32)]
         for number, part in enumerate(text.split(SPACE)):

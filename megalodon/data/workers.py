@@ -30,6 +30,8 @@ _HUB = 300_000_000
 """What the process that reads the Hub holds besides: `datasets` and its buffers."""
 _WORKER = 190_000_000
 """What a worker may need: libraries and tokenizer 70 MB, the largest record read, decoded and encoded 120 MB."""
+_TRAINING = 7
+"""What SentencePiece needs, as a multiple of the text it is trained on."""
 _LARGEST_WHOLE = 16 * CHUNK
 _GROWTH = 8
 """Memory of a document that is held, as a multiple of its bytes: text, ids, copies on the way."""
@@ -48,8 +50,10 @@ class Budget(NamedTuple):
         return f"{many}, at most {self.bound / 1e6:,.0f} MB of memory in all"
 
 
-def plan(workers: int | None, mem: int, hub: bool = False) -> Budget:
-    """Share out `mem` bytes; workers None takes all cores, or as many as fit. hub: whether a source lies on the Hub.
+def plan(workers: int | None, mem: int, hub: bool = False, sample: int = 0) -> Budget:
+    """Share out `mem` bytes; workers None takes all cores, or as many as fit.
+
+    hub: whether a source lies on the Hub. sample: bytes of text that a tokenizer is trained on, before the rest begins.
 
     Raises: InputError if `mem` does not suffice, with both numbers.
     """
@@ -60,8 +64,14 @@ def plan(workers: int | None, mem: int, hub: bool = False) -> Budget:
     if mem < needed:
         fewer = f"give fewer workers (-j {fitting}) or more memory" if count > 1 else "give more memory"
         raise InputError(f"--mem is {mem / 1e6:,.0f} MB, and {count} workers need {needed / 1e6:,.0f} MB; {fewer}")
+    training = base + sample * _TRAINING
+    if mem < training:
+        raise InputError(
+            f"--mem is {mem / 1e6:,.0f} MB, and a tokenizer trained on {sample / 1e6:,.0f} MB of text needs "
+            f"{training / 1e6:,.0f} MB; give more memory, or a smaller tokenizer.sample"
+        )
     whole = max(CHUNK, min(_LARGEST_WHOLE, (mem - needed) // (count * _GROWTH)))
-    return Budget(count, whole, needed + count * _GROWTH * (whole - CHUNK))
+    return Budget(count, whole, max(training, needed + count * _GROWTH * (whole - CHUNK)))
 
 
 Result = Outcome | MegalodonError | OSError
@@ -182,9 +192,13 @@ def _receive(worker: _Worker, setup: Setup) -> Any:
 def _serve(setup: Setup, connection: Connection) -> None:
     """Work until there is no more: the whole life of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     with (setup.work / "workers").open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_SH)  # the next builder waits until no worker of a killed one is left
+        if wait([parent.sentinel], 0):  # it may have waited already
+            return
         encoder = None
         with contextlib.suppress(EOFError, BrokenPipeError):
             while True:
@@ -204,8 +218,6 @@ def _result(encoder: Encoder, task: Task, connection: Connection) -> tuple[str, 
         return "bug", " ".join(traceback.format_exc().split())
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
+def _end_with(parent: int) -> None:
+    wait([parent])
     os._exit(1)

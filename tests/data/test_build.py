@@ -3,6 +3,7 @@
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -199,6 +200,29 @@ def test_a_killed_worker_is_an_error_that_names_its_task(folder: Path, tmp_path:
     assert content(tmp_path / "d") == content(make(folder, tmp_path / "whole").train.path)
 
 
+def test_workers_end_with_their_parent(folder: Path, tmp_path: Path) -> None:
+    pids = multiprocessing.get_context("fork").SimpleQueue()
+
+    def die(_: Progress) -> None:
+        pids.put([process.pid for process in multiprocessing.active_children()])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            make(folder, tmp_path / "d", die, workers=2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    make(folder, tmp_path / "d")
+    found = pids.get()
+    assert len(found) == 2
+    pids.close()
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):  # it is gone already
+            assert multiprocessing.connection.wait([os.pidfd_open(pid)], 30), "a worker lives on without its parent"
+    assert content(tmp_path / "d") == content(make(folder, tmp_path / "whole").train.path)
+
+
 def test_two_builders_of_one_store_refuse_each_other(folder: Path, tmp_path: Path) -> None:
     with workspace(tmp_path / "d", {}), pytest.raises(DataError, match=rf"d is being built .*\(pid {os.getpid()}\)"):
         make(folder, tmp_path / "d")
@@ -226,6 +250,8 @@ def test_too_little_memory_is_refused_with_both_numbers() -> None:
             if count < 5 or mem > 10**9:
                 assert workers.plan(count, mem).bound <= mem
     assert workers.plan(None, 300_000_000).workers == 1
+    with pytest.raises(InputError, match=r"--mem is 500 MB, and a tokenizer trained on 100 MB of text needs 800 MB"):
+        workers.plan(2, 500_000_000, sample=100_000_000)
 
 
 def test_long_documents_are_one_document_however_they_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
