@@ -19,8 +19,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from megalodon.data.ingest import Inputs
+from megalodon.data.places import sync
 from megalodon.data.reading import CHUNK, Item, Long, Reject, Text, decoded_chunks, digest_of, scan
-from megalodon.data.shards import ShardFile, file_sha256, sync
+from megalodon.data.shards import ShardFile, file_sha256
 from megalodon.data.tasks import Task, TaskReader
 from megalodon.data.tokenizer import load_tokenizer
 

@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from megalodon.data.shards import canonical, file_sha256, give_name, make_place, sync
+from megalodon.data.places import give_name, make_place, sync
+from megalodon.data.shards import canonical, file_sha256
 from megalodon.data.tasks import TooManyRejects
 from megalodon.errors import DataError, EnvironmentFault, MegalodonError
 

@@ -18,9 +18,10 @@ from megalodon.data.encode import PIECE, Setup
 from megalodon.data.hub import hub_revision
 from megalodon.data.ingest import CorpusConfig, Inputs, SourceConfig, check_distinct, content, resolve
 from megalodon.data.journal import Workspace, entry, remove_leftovers, workspace
+from megalodon.data.places import sync
 from megalodon.data.reading import MAX_RECORD
 from megalodon.data.sampling import sample_texts
-from megalodon.data.shards import MANIFEST, Store, check_shape, open_store, sync, write_manifest
+from megalodon.data.shards import MANIFEST, Store, check_shape, open_store, write_manifest
 from megalodon.data.tasks import LARGEST_TASK, total_bytes
 from megalodon.data.tokenizer import (
     ByteTokenizer,
