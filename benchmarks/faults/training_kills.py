@@ -67,6 +67,8 @@ def committed(run: Path) -> int:
 
 def phase(run: Path, text: str) -> str:
     """What a killed run was doing, from what it left and what it had printed."""
+    if not _BEGUN.search(text):
+        return "start"
     names = [path.name for path in leftovers(run)]
     if any(name.startswith(".tmp-model") for name in names):
         return "export"
@@ -74,8 +76,6 @@ def phase(run: Path, text: str) -> str:
         return "save"
     if any(name.startswith(".del-") for name in names):
         return "purge"
-    if not _BEGUN.search(text):
-        return "start"
     if (run / "model").exists():
         return "end"
     rows = re.findall(r"^(?:step +(\d+)/|eval at step (\d+))", text, re.MULTILINE)
@@ -83,15 +83,26 @@ def phase(run: Path, text: str) -> str:
     return "evaluation" if due or (rows and rows[-1][1]) else "step"
 
 
+def tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Type, shape and bytes of every tensor of a file; the order of words in its header is drawn anew each time."""
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:begin])
+    header.pop("__metadata__", None)
+    places = {name: [begin + offset for offset in entry["data_offsets"]] for name, entry in header.items()}
+    return {name: (entry["dtype"], entry["shape"], raw[slice(*places[name])]) for name, entry in header.items()}
+
+
 def outcome(run: Path) -> dict[str, Any]:
     """What two runs of the same steps must share: final checkpoint, model and metrics without times."""
     last = run / "checkpoints" / f"step-{STEPS:08d}"
     manifest = json.loads((last / "manifest.json").read_text())
-    found: dict[str, Any] = {f"manifest {key}": manifest[key] for key in ("step", "files", "tensors", "valid_loss")}
+    found: dict[str, Any] = {f"manifest {key}": manifest[key] for key in ("step", "tensors", "valid_loss")}
     for place in (last, run / "model"):
         for path in sorted(place.rglob("*")):
             if path.is_file() and path != last / "manifest.json":
-                found[str(path.relative_to(run))] = path.read_bytes()
+                read = tensors if path.suffix == ".safetensors" else Path.read_bytes
+                found[str(path.relative_to(run))] = read(path)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
     return found | {"metrics.jsonl": rows}
