@@ -60,8 +60,17 @@ PARTS = {
     "B": Part("tokenize killed", HERE / "tokenize_kills.py", kills=50, takes_seed=True, data="--data"),
     "C": Part("power loss", HERE / "power_loss.py", takes_seed=True),
     "list": Part("fault list", HERE / "fault_tests.py"),
-    "speed": Part("tokenize: speed", Path("benchmarks/tokenize_speed.py")),
-    "memory": Part("tokenize: memory", Path("benchmarks/tokenize_memory.py")),
+    "speed": Part(
+        "tokenize: speed",
+        Path("benchmarks/tokenize_speed.py"),
+        data="--data",
+        limits={"of_2_times_1_process": ("≥ 0.9", lambda found: found["of_2_times_1_process"] >= 0.9)},
+    ),
+    "memory": Part(
+        "tokenize: memory",
+        Path("benchmarks/tokenize_memory.py"),
+        limits={"peak_pss_mb": ("< 600 MB", lambda found: found["peak_pss_mb"] < 600)},
+    ),
     "loader": Part(
         "loader",
         Path("benchmarks/loader_speed.py"),

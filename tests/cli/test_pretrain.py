@@ -210,7 +210,10 @@ REFUSED = {
     "an empty prompt": (["eval.samples.prompts=['']"], "eval.samples.prompts"),
     "no device": (["parallel.dp_shard=0"], "parallel.dp_shard=0"),
     "averages that grow": (["optim.betas=[1.5,0.9]"], "expected two numbers from 0 to below 1"),
-    "what is not there yet": (["train.precision=bf16"], "train.precision=bf16: bf16 is not available here; expected auto"),
+    "what is not there yet": (
+        ["train.precision=bf16"],
+        "train.precision=bf16: bf16 is not available here; expected auto",
+    ),
     "llama": (["model.arch=llama"], "model.arch=llama: llama is not available in pretrain; expected megalodon"),
     "no data": (["--no-prepare", "data.dir=none"], "none holds no token store"),
     "no validation text": (["data.valid.fraction=0.0", "data.dir=no-valid"], "too few to validate on"),

@@ -141,6 +141,7 @@ ITEMS: tuple[dict[str, Any], ...] = (
         26,
         "an id outside the vocabulary",
         "refused before the model, place named",
+        f"{DATA}test_26_an_id_outside_the_vocabulary_never_reaches_the_model",
         "tests/data/test_shards.py::test_ids_outside_the_vocabulary_never_reach_the_cast",
         "tests/data/test_shards.py::test_a_model_with_a_smaller_vocabulary_is_refused",
     ),

@@ -209,3 +209,18 @@ def test_30_34_a_long_line_takes_no_memory_of_its_length() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest process
     assert peak < 500e6
     assert ledger()["bytes"] == size and ledger()["kept"] == 1
+
+
+@pytest.mark.parametrize("value", [276, 65_535])
+def test_26_an_id_outside_the_vocabulary_never_reaches_the_model(store: Path, value: int) -> None:
+    ids = np.fromfile(store / "00000.bin", dtype=np.uint16)
+    vocabulary = json.loads((store / "manifest.json").read_text())["vocab_size"]
+    assert value >= vocabulary
+    ids[:] = value  # wherever training looks first
+    ids.tofile(store / "00000.bin")
+    done = pretrain(f"data.dir={store}")
+    assert done.exit_code == 2, done.output
+    (error,) = errors(done)
+    assert str(value) in error.replace(",", "") and "00000" in error
+    checked = command("tokenize", "--verify", str(store))
+    assert checked.exit_code == 6 and len(errors(checked)) == 1
