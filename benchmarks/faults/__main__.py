@@ -69,7 +69,7 @@ PARTS = {
     "memory": Part(
         "tokenize: memory",
         Path("benchmarks/tokenize_memory.py"),
-        limits={"peak_pss_mb": ("< 600 MB", lambda found: found["peak_pss_mb"] < 600)},
+        limits={"peak_rss_mb": ("< 600 MB", lambda found: found["peak_rss_mb"] < 600)},
     ),
     "loader": Part(
         "loader",

@@ -168,10 +168,15 @@ def unigram_bits_per_byte(
     """Return bits per byte of the same targets under the token frequencies of the training store, each plus one.
 
     A model that has learnt anything about order stands below it. None if the targets stand for no text.
+    Raises: DataError naming the place of an id outside the vocabulary.
     """
     seen = np.ones(num_classes, dtype=np.int64)
     for start in range(0, train.num_tokens, _BLOCK):
-        seen += np.bincount(train.tokens(start, min(train.num_tokens, start + _BLOCK)), minlength=num_classes)
+        counts = np.bincount(train.tokens(start, min(train.num_tokens, start + _BLOCK)), minlength=num_classes)
+        if len(counts) > num_classes:
+            high = train.tokens(start, min(train.num_tokens, start + _BLOCK)) >= num_classes
+            raise train.bad_token(start + int(np.argmax(high)))
+        seen += counts
     nats = np.log(seen.sum()) - np.log(seen)
     total, num_bytes = 0.0, 0
     for batch in batches:
