@@ -56,8 +56,10 @@ def compile_model(model: Megalodon, wanted: Literal["auto"] | bool, device: torc
     Raises:
         EnvironmentFault: True, and a compiler is missing or does not work.
     """
-    if wanted is False or (wanted == "auto" and device.type == "cpu"):
+    if wanted is False:
         return None
+    if wanted == "auto" and device.type == "cpu":
+        return "train.compile auto: not compiled, no step is faster for it on a CPU"
     fault = _missing_compiler(device) or _failing_compiler(device)
     if fault and wanted is True:
         raise EnvironmentFault(f"train.compile is true, but {fault}", "install it, or train.compile=false")

@@ -7,12 +7,13 @@ import pytest
 import torch
 from factories import random_starts, random_tokens, tiny_model
 from stores import saved_tensors, tiny_plan, tiny_run, tiny_store
+from tolerances import GRADIENTS, assert_close
 
 from megalodon.errors import EnvironmentFault
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon
 from megalodon.training import execution
-from megalodon.training.execution import compile_model, deterministic, keep_all, recompute
+from megalodon.training.execution import compile_model, deterministic, eager, keep_all, recompute
 from megalodon.training.memory import kept_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -70,7 +71,7 @@ def test_a_run_that_recomputes_ends_where_the_other_does(tmp_path: Path, what: s
 
 def test_auto_leaves_a_cpu_alone_and_false_leaves_all_alone() -> None:
     model = tiny_model(torch.float32)
-    assert compile_model(model, "auto", CPU) is None
+    assert compile_model(model, "auto", CPU) == "train.compile auto: not compiled, no step is faster for it on a CPU"
     assert compile_model(model, False, CUDA) is None
     assert all(part._compiled_call_impl is None for part in model.modules())
 
@@ -94,6 +95,24 @@ def test_a_compiler_that_torch_does_not_find_is_missing(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     assert "no C++ compiler" in str(execution._missing_compiler(CPU))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_gradients_are_the_eager_ones_and_evaluation_is_eager() -> None:
+    model = tiny_model(torch.float32, **DROPOUT)
+    names, expected = list(model.state_dict()), gradients(model)
+    tokens = [random_tokens(1, length) for length in (1, 5, 23)]
+    with torch.no_grad():
+        scores = [model.eval()(batch)[0] for batch in tokens]
+    recompute(model, "attention")  # compiled parts inside recomputed ones draw the same random numbers
+    compile_model(model, True, CPU)
+    found = gradients(model)
+    for name, value in expected.items():
+        assert_close(found[name], value, GRADIENTS[torch.float32], name)
+    assert list(model.state_dict()) == names
+    with eager(model), torch.no_grad():  # another shape each time: nothing is compiled, the result is bitwise the same
+        assert all(torch.equal(model.eval()(batch)[0], score) for batch, score in zip(tokens, scores, strict=True))
 
 
 @pytest.mark.slow
