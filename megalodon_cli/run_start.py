@@ -6,29 +6,16 @@ Not here: what is trained (training_job.py), the rules of a run directory (megal
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from megalodon_cli import checkpoints, console
+from megalodon_cli.job import Asked, Job
 
 if TYPE_CHECKING:
     from megalodon.model.megalodon import Megalodon
     from megalodon.recipe import RunConfig
     from megalodon.training.run import RunRecord
-    from megalodon_cli.training_job import Job
-
-
-class Asked(NamedTuple):
-    """What the command line says of a run besides its recipe."""
-
-    device: str = "auto"
-    resume: str = "auto"
-    """auto, never, or a step directory."""
-    out_dir: Path | None = None
-    allow: Sequence[str] = ()
-    """Frozen keys that may differ."""
-    no_prepare: bool = False
 
 
 def directory_of(config: "RunConfig", asked: Asked) -> Path:
@@ -81,7 +68,7 @@ def micro_rows(directory: Path) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def record_of(job: "Job") -> "RunRecord":
+def record_of(job: Job) -> "RunRecord":
     """Return the record of the run in the directory, or of a new one, not yet written. Called under the lock."""
     from megalodon.training.run import branch_point, new_record, open_record
 
@@ -96,7 +83,7 @@ def record_of(job: "Job") -> "RunRecord":
     return new_record(job.directory, frozen, **about)
 
 
-def checkpoint_of(job: "Job") -> Path | None:
+def checkpoint_of(job: Job) -> Path | None:
     """Return the one checkpoint to continue from; None for the newest good one of the run. Called under the lock."""
     from megalodon.training.run import start_at
 
@@ -104,7 +91,7 @@ def checkpoint_of(job: "Job") -> Path | None:
     return None if resume in ("auto", "never") else start_at(Path(resume), job.directory)
 
 
-def begin(job: "Job", record: "RunRecord", unigram: float | None) -> None:
+def begin(job: Job, record: "RunRecord", unigram: float | None) -> None:
     """Write down what this run is; says how it begins. Called once it can go on, before anything else is written."""
     from megalodon.checkpoint.store import write_json
     from megalodon.recipe import dump
@@ -138,7 +125,7 @@ def begin(job: "Job", record: "RunRecord", unigram: float | None) -> None:
     write_json(directory / "environment.json", environment(plan.device))
 
 
-def _say_how(job: "Job", record: "RunRecord") -> None:
+def _say_how(job: Job, record: "RunRecord") -> None:
     from megalodon.checkpoint.store import steps_in
     from megalodon.training.schedule import learning_rate
 
@@ -162,7 +149,7 @@ def _say_how(job: "Job", record: "RunRecord") -> None:
         )
 
 
-def initialise(job: "Job", model: "Megalodon") -> None:
+def initialise(job: Job, model: "Megalodon") -> None:
     """Give a new run the weights that model.init_from names, if any. Raises: CheckpointError if they do not fit."""
     from megalodon.model.weights import copy_weights
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from megalodon.errors import CheckFailed
 from megalodon_cli import console, run_start, training_job
+from megalodon_cli.job import Job
 from megalodon_cli.signals import Signals
-from megalodon_cli.training_job import Job
 
 if TYPE_CHECKING:
     from megalodon.model.megalodon import Megalodon

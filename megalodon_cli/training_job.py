@@ -4,39 +4,21 @@ Not here: the step and its loop (megalodon/training/loop.py), signals and the or
 what is shown (training_screen.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from megalodon.errors import DataError
 from megalodon_cli import console, run_start
-from megalodon_cli.run_start import Asked
+from megalodon_cli.job import Asked, Ending, Job
 
 if TYPE_CHECKING:
-    from megalodon.data.loader import Loader
-    from megalodon.data.prepare import Prepared
-    from megalodon.model.megalodon import Megalodon, ModelConfig
-    from megalodon.recipe import Resolved, RunConfig
+    from megalodon.model.megalodon import Megalodon
+    from megalodon.recipe import Resolved
     from megalodon.training.loop import Result, Row
-    from megalodon.training.plan import Plan
     from megalodon.training.run import RunRecord
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a run needs, checked; nothing of the run is written yet."""
-
-    config: "RunConfig"
-    resolved: "Resolved"
-    directory: Path
-    prepared: "Prepared"
-    loader: "Loader"
-    model_config: "ModelConfig"
-    plan: "Plan"
-    frozen: Mapping[str, Any]
-    asked: Asked
 
 
 def prepare(resolved: "Resolved", asked: Asked, *, scratch: bool = False) -> Job | None:
@@ -151,15 +133,6 @@ def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any
 
     scores = Task(score, config.eval.every, config.eval.at_start, averaged=True)
     return (scores, Task(write, samples.every)) if samples.prompts else (scores,)
-
-
-class Ending(NamedTuple):
-    """How a run went: all rows of its metrics, its scores, its training time in seconds, the commands to try next."""
-
-    rows: "list[Row]"
-    scores: Mapping[str, Any]
-    seconds: float
-    following: Sequence[str]
 
 
 def export(

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megalodon_cli import console
+from megalodon_cli.job import Ending, Job
 
 if TYPE_CHECKING:
     from megalodon.model.megalodon import ModelConfig
     from megalodon.training.loop import Result, Row
     from megalodon.training.run import RunRecord
-    from megalodon_cli.training_job import Ending, Job
 
 
 class Screen:
@@ -103,7 +103,7 @@ def _time(seconds: float) -> str:
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
-def header(job: "Job", peak: float) -> None:
+def header(job: Job, peak: float) -> None:
     """Say what is about to happen: model, data, needs, and where every document and token goes."""
     import torch
 
@@ -157,7 +157,7 @@ def _shares(config: "ModelConfig") -> str:
     return ", ".join(f"{name} {size / sum(sizes.values()):.0%}" for name, size in parts.items())
 
 
-def ending(job: "Job", result: "Result", how: "Ending") -> None:
+def ending(job: Job, result: "Result", how: Ending) -> None:
     """Print how a run ended: its scores, what they compare with, the last samples, what to try next."""
     rows, scores = how.rows, how.scores
     last: Mapping[str, Any] = next((row for row in reversed(rows) if row["kind"] == "eval"), {})

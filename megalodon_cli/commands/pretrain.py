@@ -13,9 +13,8 @@ import typer
 
 from megalodon.errors import InputError, MegalodonError, RecipeError, Stopped
 from megalodon_cli import console, recipe_files, run_start, training_checks, training_job
-from megalodon_cli.run_start import Asked
+from megalodon_cli.job import Asked, Job
 from megalodon_cli.signals import Signals
-from megalodon_cli.training_job import Job
 from megalodon_cli.training_screen import Screen, ending, header
 
 if TYPE_CHECKING:
