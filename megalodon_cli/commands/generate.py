@@ -97,18 +97,22 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from -p, -f or stdin, byte for byte. Raises: InputError."""
     if prompt is not None and file is not None:
         raise InputError("both -p and -f are given; expected one prompt")
-    if prompt is not None and prompt != "-":
-        return prompt
     if file is None and prompt is None and sys.stdin.isatty():
         raise InputError("no prompt; give -p TEXT, -f FILE or a pipe")
+    typed = prompt is not None and prompt != "-"
+    if typed and not any("\udc80" <= c <= "\udcff" for c in str(prompt)):
+        return str(prompt)
     try:
-        content = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        if typed:  # bytes that the locale cannot read came as halves of pairs
+            content = str(prompt).encode("utf-8", "surrogateescape")
+        else:
+            content = sys.stdin.buffer.read() if file is None else file.read_bytes()
     except OSError as error:
         raise InputError(f"{file}: {(error.strerror or str(error)).lower()}; expected a file with the prompt") from None
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        source, byte = "stdin" if file is None else file, content[error.start]
+        source, byte = "-p" if typed else "stdin" if file is None else file, content[error.start]
         raise InputError(
             f"{source}: byte {error.start:,} is 0x{byte:02x}, which is not UTF-8; convert the prompt to UTF-8"
         ) from None
