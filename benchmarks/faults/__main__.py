@@ -168,7 +168,7 @@ def _measure(part: Part, kills: int | None, seed: int, data: Path | None) -> rep
 
 def _judged(name: str, numbers: Figures, part: Part) -> dict[str, Any]:
     limit, keeps = part.limits.get(name, (None, None))
-    return report.figure(name, numbers[name], limit, keeps(numbers) if keeps else None)
+    return report.figure(name.replace("_", " "), numbers[name], limit, keeps(numbers) if keeps else None)
 
 
 def _machine() -> dict[str, Any]:
