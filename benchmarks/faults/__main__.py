@@ -175,14 +175,21 @@ def _machine() -> dict[str, Any]:
     """What a figure depends on besides the code: processor, cores, versions, commit."""
     names = ("torch", "numpy", "sentencepiece", "safetensors")
     versions = [f"Python {platform.python_version()}", *(f"{n} {importlib.metadata.version(n)}" for n in names)]
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": ", ".join(versions),
-        "commit": commit or "unknown",
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """The commit of the code, with a plus if something but the report itself was changed since."""
+    git = ["git", "-C", str(ROOT)]
+    names = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    others = ["status", "--porcelain", "--", ".", f":!docs/{DOCUMENT}", f":!docs/{FIGURES}"]
+    changed = subprocess.run([*git, *others], capture_output=True, text=True, check=False)
+    return (names.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")
 
 
 def _processor() -> str:
