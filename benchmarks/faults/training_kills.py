@@ -3,7 +3,7 @@
     python benchmarks/faults/training_kills.py --kills 200 --seed 1 --json A.json
 
 A step is acknowledged once `saved step N` was printed or its directory has its name. Moments are drawn evenly over what
-is left of a run, start, evaluation, saves and export included; the phase of each kill is counted. Runs alternate
+is left of a run, one in six over what follows its last step; the phase of each kill is counted. Runs alternate
 between saves at every and at every second step, and between saves in the background and in line.
 Not here: how a process is started and killed (lives.py), power loss (power_loss.py).
 """
@@ -46,6 +46,7 @@ TIMES = {"tok_per_s", "seconds", "data_seconds", "peak_share", "memory", "stall_
 PHASES = ("start", "step", "evaluation", "save", "purge", "export", "end")
 _SAVED = re.compile(r"saved step ([\d,]+)")
 _RESUMED = re.compile(r"resuming at step ([\d,]+)")
+_FIRST, _LAST = (re.compile(rf"^step +{step}/", re.MULTILINE) for step in (1, STEPS))
 _BEGUN = re.compile(r"resuming at step|starting at step 0")
 
 
@@ -118,7 +119,8 @@ class Campaign:
         self.done = self.restarts = self.resumed = self.lost = self.remains = self.runs = self.unequal = 0
         (work / "mortal.yaml").write_text(RECIPE)
         self.references: dict[tuple[str, ...], dict[str, Any]] = {}
-        self.whole = self.start = 0.0
+        self.first = self.each = self.last = 0.0
+        """Seconds up to the first step, of a step, from the last step to the end."""
 
     def arguments(self, variant: tuple[str, ...], run: Path) -> list[str]:
         """The command of a run."""
@@ -129,13 +131,16 @@ class Campaign:
         run = self.work / f"whole-{len(self.references)}"
         began = time.monotonic()
         with Life.forked(self.arguments(variant, run), self.work, self.work / "log.txt") as life:
-            while life.ended is None and not _BEGUN.search(life.text()):
-                life.wait(0.01)
-            self.start = time.monotonic() - began
+            times = []
+            for mark in (_FIRST, _LAST):
+                while not life.wait(0.005) and not mark.search(life.text()):
+                    pass
+                times.append(time.monotonic() - began)
             life.wait()
             if life.ended != 0:
                 raise RuntimeError(f"the uninterrupted run ended with {life.ended}:\n{life.text()}")
-        self.whole = time.monotonic() - began
+        self.first, last = times
+        self.each, self.last = (last - self.first) / (STEPS - 1), time.monotonic() - began - last
         self.references[variant] = outcome(run)
 
     def go(self) -> None:
@@ -149,18 +154,18 @@ class Campaign:
         """Kill and restart one run until it is finished, then compare it with its reference."""
         run = self.work / f"run-{self.runs}"
         self.runs += 1
-        acknowledged = 0
+        acknowledged = idle = 0
         while True:
             with Life.forked(self.arguments(variant, run), self.work, self.work / "log.txt") as life:
                 if self.done < self.kills:
-                    left = self.start + (self.whole - self.start) * (1 - acknowledged / STEPS) + 0.1
-                    life.wait(self.draw.uniform(0, 1.15 * left))
+                    self.let_live(life, acknowledged, idle)
                 else:
                     life.wait()
                 killed = life.kill()
                 text = life.text()
             self.check_start(life, run, text, acknowledged)
-            acknowledged = max([acknowledged, committed(run), *(number(n) for n in _SAVED.findall(text))])
+            newest = max([acknowledged, committed(run), *(number(n) for n in _SAVED.findall(text))])
+            acknowledged, idle = newest, 0 if newest > acknowledged else idle + 1
             if not killed:
                 break
             self.done += 1
@@ -170,6 +175,17 @@ class Campaign:
         else:
             self.compare(run, self.references[variant])
         shutil.rmtree(run, ignore_errors=True)
+
+    def let_live(self, life: Life, acknowledged: int, idle: int) -> None:
+        """Wait for a random moment of what is left; each sixth life for one after its last step, which is short."""
+        if self.draw.random() < 1 / 6:
+            while not life.wait(0.005) and not _LAST.search(life.text()):
+                pass
+            life.wait(self.draw.uniform(0, 1.2 * self.last))
+            return
+        left = self.first + self.each * (STEPS - acknowledged) + self.last
+        # a machine slower than a moment ago must not let every life end before it gets anywhere
+        life.wait(self.draw.uniform(0, 1.1 * left * 1.3**idle))
 
     def check_start(self, life: Life, run: Path, text: str, acknowledged: int) -> None:
         """A life that got past its start continued at the last acknowledged step and removed what others left."""
