@@ -11,6 +11,7 @@ from the beginning of the part. Not here: how files are cut (megalodon/data/task
 
 import codecs
 import contextlib
+import csv
 import gzip
 import hashlib
 import io
@@ -168,6 +169,9 @@ class PartReader:
                     item: Item
                     if isinstance(value, _Missing):
                         item = Reject(self.lines, "", str(value), 0)
+                    elif isinstance(value, UnicodeDecodeError):
+                        reason = f"field `{field}` is not UTF-8 (byte 0x{value.object[value.start]:02x})"
+                        item = Reject(self.lines, "", reason, len(value.object))
                     elif not isinstance(value, str):
                         item = Reject(self.lines, "", f"field `{field}` is {type(value).__name__}, expected text", 0)
                     else:
@@ -286,7 +290,7 @@ def _readable(file: InputFile) -> Iterator[None]:
     """Turn what a damaged file raises into a DataError that names it."""
     try:
         yield
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
         if isinstance(error, UnicodeError):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -392,7 +396,7 @@ def _missing(field: str, names: list[str]) -> str:
 
 
 def _columns(file: InputFile, part: Part, field: str) -> Iterator[list[Any]]:
-    """Yield the values of one column in batches."""
+    """Yield the values of one column in batches; see `_listed` for text that is not UTF-8."""
     if file.format == "parquet":
         yield from _parquet(file, part, field)
     elif file.format == "csv":
@@ -422,7 +426,22 @@ def _values(batch: Any, field: str) -> Iterator[list[Any]]:
         if field not in names:
             yield [_Missing(_missing(field, names))] * rows
         else:
-            yield batch.column(names.index(field)).slice(start, rows).to_pylist()
+            yield _listed(batch.column(names.index(field)).slice(start, rows))
+
+
+def _listed(column: Any) -> list[Any]:
+    """Return the values of a column; in place of text that is not UTF-8 the error that says where."""
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _parquet(file: InputFile, part: Part, field: str) -> Iterator[list[Any]]:
@@ -435,12 +454,10 @@ def _parquet(file: InputFile, part: Part, field: str) -> Iterator[list[Any]]:
                 yield [_Missing(_missing(field, table.schema_arrow.names))] * table.metadata.row_group(group).num_rows
             return
         for batch in table.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=[field], use_threads=False):
-            yield batch.column(0).to_pylist()
+            yield _listed(batch.column(0))
 
 
 def _csv(file: InputFile, field: str) -> Iterator[list[Any]]:
-    import csv
-
     import pyarrow.csv  # type: ignore[import-untyped]
 
     with file.path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:

@@ -103,6 +103,27 @@ def test_damaged_compressed_files_are_named(tmp_path: Path) -> None:
                 list(documents(source(tmp_path / name, document=document)))
 
 
+def test_text_of_a_table_that_is_not_utf8_is_rejected_by_its_row(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"fine", b"caf\xe9", b"fine too"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())
+    table = pyarrow.table({"text": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    for path in sorted(tmp_path.iterdir()):
+        rejects = Rejects(limit=1)
+        assert [document.text for document in documents(source(path), rejects)] == ["fine", "fine too"]
+        assert rejects.records == [{"place": f"{path}: row 2", "reason": "field `text` is not UTF-8 (byte 0xe9)"}]
+        found = list(PartReader(source(path).files[0], Part(0), source(path).config))
+        assert isinstance(found[1], Reject) and found[1].size == 4, "its bytes are accounted for"
+
+
+def test_a_csv_file_whose_first_line_never_ends_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,"oops\n' + "a line of words, and more\n" * 8000)
+    with pytest.raises(DataError, match=r"a\.csv: not a readable csv file \(field larger than field limit"):
+        list(documents(source(tmp_path / "a.csv")))
+
+
 def test_numbers_of_lines_and_rows_count_from_the_beginning_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 70 + "{}\n" + '{"text": "fine"}\n' * 70)
     values = ["fine"] * 70 + [None] + ["fine"] * 70
