@@ -1,6 +1,6 @@
 """Exact copies of documents: found by 16-byte digests, removed from shards that are already written.
 
-The first of equal texts stays, in the order of the input. Memory: about 40 bytes for each document, in NumPy arrays.
+The first of equal texts stays, in the order of the input. Memory: about 70 bytes for each document, in NumPy arrays.
 Not here: making the digests (megalodon/data/encode.py).
 """
 

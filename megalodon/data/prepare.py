@@ -20,7 +20,7 @@ from megalodon.data.ingest import CorpusConfig, Inputs, SourceConfig, check_dist
 from megalodon.data.journal import Workspace, entry, remove_leftovers, workspace
 from megalodon.data.places import sync
 from megalodon.data.reading import MAX_RECORD
-from megalodon.data.sampling import sample_texts
+from megalodon.data.sampling import most, sample_texts
 from megalodon.data.shards import MANIFEST, Store, check_shape, open_store, write_manifest
 from megalodon.data.tasks import LARGEST_TASK, total_bytes
 from megalodon.data.tokenizer import (
@@ -213,7 +213,7 @@ def prepare_store(
     sources = [resolve(config) for config in configs]
     check_distinct(sources)
     trains = tokenizer.kind == "sentencepiece" and model_file is None
-    sample = min(tokenizer.sample, total_bytes(sources) or tokenizer.sample) if trains else 0
+    sample = most(sources, tokenizer.sample) if trains else 0
     budget = plan(workers, mem, any(config.hf is not None for config in configs), sample)
     revisions = {config.name: hub_revision(config, offline) for config in configs if config.hf is not None}
     known = {inputs.config.name: content(inputs, budget.workers) for inputs in sources}
@@ -357,7 +357,7 @@ def _tokenizer(job: _Job, work: Workspace, report: Report) -> Tokenizer:
 
 def _train(job: _Job, report: Report) -> Tokenizer:
     config, data = job.tokenizer, job.data
-    report(Progress("tokenizer", 0, 0, min(config.sample, total_bytes(job.sources) or config.sample), 0))
+    report(Progress("tokenizer", 0, 0, most(job.sources, config.sample), 0))
     fraction = data.valid.fraction if data.valid.path is None else 0.0
     trained_on = [inputs for inputs in job.sources if inputs.config.name != _VALID_SOURCE or data.valid.path is None]
     texts = sample_texts(trained_on, config.sample, fraction, job.hub.offline, job.hub.revisions)

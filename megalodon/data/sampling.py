@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 from megalodon.data.encode import is_valid, pieces
 from megalodon.data.hub import hub_texts
-from megalodon.data.ingest import Inputs
-from megalodon.data.reading import Item, Long, Part, Reject, checked, decoded_chunks, place, scan
+from megalodon.data.ingest import InputFile, Inputs
+from megalodon.data.reading import Item, Long, Part, Reject, checked, decoded_chunks, place, scan, text_size
 from megalodon.data.tasks import Task, TaskReader, TooManyRejects, cut, too_many
 
 _PLACE = 1 << 20
 """Bytes of the places that are looked at."""
 _LOOKED = 4
-"""What is read at most, as a multiple of what is wanted."""
+"""What is read at most, as a multiple of what is wanted; of packed files, as they are on the disk."""
+_UNPACKED = 10
+"""How many times the size of a packed file its text may have, where an estimate must do."""
 
 
 def sample_texts(
@@ -39,7 +41,7 @@ def sample_texts(
     for inputs in sources:
         places = list(_places(inputs, share))
         found = _from_hub(inputs, revisions or {}, offline) if inputs.config.hf else _at(inputs, places)
-        read = sum(one.size for one in places)
+        read = sum(_text_size(inputs, one) for one in places)
         rate = min(1.0, share / read) if read else 1.0
         seen = taken = 0
         for where, item in found:
@@ -82,6 +84,18 @@ def _from_hub(inputs: Inputs, revisions: Mapping[str, str], offline: bool) -> It
         yield where, Reject(number, "", reason, 0) if reason else checked(text, number)
 
 
+def most(sources: Sequence[Inputs], budget: int) -> int:
+    """Return how many bytes of text `sample_texts` yields at most: fewer than `budget` if there are not so many."""
+    if any(not inputs.files for inputs in sources):
+        return budget
+    files = [file for inputs in sources for file in inputs.files]
+    return min(budget, sum(file.size * (_UNPACKED if _is_packed(file) else 1) for file in files))
+
+
+def _is_packed(file: InputFile) -> bool:
+    return bool(file.compression) or file.format == "parquet"
+
+
 class _Place(NamedTuple):
     """What is looked at of one file."""
 
@@ -100,6 +114,14 @@ def _places(inputs: Inputs, share: float) -> Iterator[_Place]:
             before, position = position, position + part_size
             if size <= _LOOKED * share or position // every > before // every or not before:
                 yield _Place(number, parts, part_size)
+
+
+def _text_size(inputs: Inputs, place: _Place) -> int:
+    """Return about how many bytes of text a place holds; a compressed file is unpacked once to know it."""
+    file = inputs.files[place.file]
+    if not _is_packed(file):
+        return place.size
+    return sum(text_size(file, part, inputs.config.field) for part in place.parts)
 
 
 def _at(inputs: Inputs, places: Sequence[_Place]) -> Iterator[tuple[_Where, Item]]:

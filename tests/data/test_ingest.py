@@ -1,5 +1,6 @@
 """Reading text: every format, exact text, and each kind of bad input named by file, line and reason."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from megalodon.data.builtin import generated_texts
 from megalodon.data.hub import hub_revision
 from megalodon.data.ingest import CorpusConfig, SourceConfig, ValidConfig, check_distinct, content, resolve
-from megalodon.data.sampling import sample_texts
+from megalodon.data.sampling import most, sample_texts
 from megalodon.data.tasks import Rejects, documents
 from megalodon.errors import DataError, EnvironmentFault
 
@@ -255,3 +256,22 @@ def test_a_sample_is_spread_over_the_whole_and_even(tmp_path: Path) -> None:
     assert len(small) == 10
     assert 2500 < sum(len(line) + 1 for line in lines if line.startswith("large")) < 3500
     assert large[0] < 50 and large[-1] > 3900
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_tokenizer_is_trained_on_all_of_a_packed_file(tmp_path: Path, name: str) -> None:
+    texts = [f"{'early' if n < 10_000 else 'late'} {n} {hash((n,))} {'on ' * 20}" for n in range(20_000)]
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if name == "a.parquet":
+        table = pyarrow.table({"n": list(range(20_000)), "text": texts})
+        pyarrow.parquet.write_table(table, tmp_path / name, row_group_size=1000)
+    else:
+        packed = {"gz": gzip.compress, "zst": lambda raw: pyarrow.compress(raw, codec="zstd", asbytes=True)}
+        (tmp_path / name).write_bytes(packed[name.rpartition(".")[2]](raw))
+    inputs = resolve(SourceConfig(name="all", path=tmp_path / name))
+    assert inputs.files[0].size * 3 < len(raw)
+    lines = list(sample_texts([inputs], 100_000, 0.0))
+    late = sum(line.startswith("late") for line in lines)
+    assert 0.4 * len(lines) < late < 0.6 * len(lines)
+    assert 60_000 < sum(len(line) for line in lines) < 110_000
+    assert most([inputs], 10**9) >= sum(map(len, texts)), "the memory it takes is worked out from the text"
