@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from megalodon.data.build import Built, Hub, build
 from megalodon.data.encode import PIECE, Setup
-from megalodon.data.hub import hub_revision
+from megalodon.data.hub import fetch_tokenizer, hub_revision
 from megalodon.data.ingest import CorpusConfig, Inputs, SourceConfig, check_distinct, content, resolve
 from megalodon.data.journal import Workspace, entry, remove_leftovers, workspace
 from megalodon.data.places import sync
@@ -24,6 +24,7 @@ from megalodon.data.sampling import most, sample_texts
 from megalodon.data.shards import MANIFEST, Store, check_shape, open_store, write_manifest
 from megalodon.data.tasks import LARGEST_TASK, total_bytes
 from megalodon.data.tokenizer import (
+    ON_HUB,
     ByteTokenizer,
     Tokenizer,
     TokenizerConfig,
@@ -212,6 +213,8 @@ def prepare_store(
         return _reuse(data, configs, tokenizer, model_file, directory)
     sources = [resolve(config) for config in configs]
     check_distinct(sources)
+    fetched = fetch_tokenizer(str(tokenizer.path), offline) if _on_hub(tokenizer) else None
+    model_file = fetched.file if fetched else model_file
     trains = tokenizer.kind == "sentencepiece" and model_file is None
     sample = most(sources, tokenizer.sample) if trains else 0
     budget = plan(workers, mem, any(config.hf is not None for config in configs), sample)
@@ -229,7 +232,8 @@ def prepare_store(
         tell(line)
     with workspace(directory, request) as work:
         notes = (work.note,) if work.note else ()
-        job = _Job(data, sources, tokenizer, model_file, budget, Hub(revisions, offline), known)
+        revision = fetched.revision if fetched else None
+        job = _Job(data, sources, tokenizer, model_file, revision, budget, Hub(revisions, offline), known)
         _build(job, work, progress or (lambda _: None))
         work.commit()
     return open_prepared(directory)._replace(up_to_date=False, notes=notes)
@@ -248,11 +252,17 @@ def _valid_source(data: CorpusConfig) -> list[SourceConfig]:
 # ------------------------------------------------------------------------------------------------ reusing
 
 
+def _on_hub(tokenizer: TokenizerConfig) -> bool:
+    return tokenizer.path is not None and tokenizer.path.startswith(ON_HUB)
+
+
 def _request(data: CorpusConfig, configs: Sequence[SourceConfig], tokenizer: TokenizerConfig) -> dict[str, Any]:
     """What a recipe asks of a store, free of paths: two recipes with the same request and text give the same bytes."""
     asked: dict[str, Any] = {"kind": tokenizer.kind}
     if tokenizer.kind == "bytes":
         asked["reserve"] = tokenizer.reserve
+    elif _on_hub(tokenizer):
+        asked["hf"] = str(tokenizer.path).removeprefix(ON_HUB)
     elif tokenizer.path is None:
         keys = ("vocab_size", "model_type", "sample", "reserve")
         asked["trained"] = {key: getattr(tokenizer, key) for key in keys}
@@ -328,6 +338,8 @@ class _Job(NamedTuple):
     sources: Sequence[Inputs]
     tokenizer: TokenizerConfig
     model_file: Path | None
+    model_revision: str | None
+    """The commit of a tokenizer that came from the Hub."""
     budget: Budget
     hub: Hub
     content: Mapping[str, tuple[int, str] | None]
@@ -412,8 +424,9 @@ def _finish(job: _Job, built: Built, ledger: Ledger, tokenizer: Tokenizer, work:
         size, sha = job.content[name] or built.hub[name]
         revision = {"revision": job.hub.revisions[name]} if name in job.hub.revisions else {}
         entries.append({"name": name, "bytes": size, "sha256": sha, **revision})
+    origin = {"revision": job.model_revision} if job.model_revision else {}
     about: Mapping[str, Any] = {
-        "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
+        "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256, **origin},
         "bos": job.data.bos,
         "eos": job.data.eos,
         "sources": sorted(entries, key=lambda entry: str(entry["name"])),

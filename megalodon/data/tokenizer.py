@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -23,6 +24,7 @@ from megalodon.errors import DataError
 
 Int32s = NDArray[np.int32]
 
+ON_HUB = "hf:"
 SENTENCEPIECE_FILE = "tokenizer.model"
 BYTES_FILE = "byte_tokenizer.json"
 SPACE = "\u2581"
@@ -45,7 +47,7 @@ class TokenizerConfig(Config):
     kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
     """`sentencepiece`, or `bytes`: one id for each byte of UTF-8."""
     path: str | None = None
-    """A SentencePiece FILE.model; null trains one on `data.sources`."""
+    """A SentencePiece FILE.model, or hf:ORG/NAME[@REVISION]; null trains one on `data.sources`."""
     vocab_size: Annotated[Count, Field(gt=0, le=1 << 20)] = 32000
     """Ids of a tokenizer that is trained, special and reserved ones included."""
     model_type: Literal["bpe", "unigram"] = "bpe"
@@ -294,16 +296,18 @@ def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
 
 
 def check_path(config: TokenizerConfig) -> Path | None:
-    """Return the file of `tokenizer.path`. Raises: DataError for a Hub name, a missing file, or a path with bytes."""
+    """Return the file of `tokenizer.path`; None if there is none, and for a name on the Hub (hub.py).
+
+    Raises: DataError for a missing file, a Hub name that is none, or a path with bytes.
+    """
     if config.path is None:
         return None
     if config.kind == "bytes":
         raise DataError(f"tokenizer.path is {config.path}, but kind `bytes` has no file; remove one of the two")
-    if config.path.startswith("hf:"):
-        raise DataError(
-            f"tokenizer.path {config.path}: tokenizers are not fetched from the Hub; "
-            "download its tokenizer.model and give the file"
-        )
+    if config.path.startswith(ON_HUB):
+        if not re.fullmatch(r"hf:[\w.-]+/[\w.-]+(@[\w.-]+)?", config.path):
+            raise DataError(f"tokenizer.path {config.path}: expected hf:ORG/NAME or hf:ORG/NAME@REVISION")
+        return None
     if not (path := Path(config.path)).is_file():
         raise DataError(f"tokenizer.path {config.path}: no such file; expected a SentencePiece FILE.model")
     return path

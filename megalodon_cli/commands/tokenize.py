@@ -47,7 +47,7 @@ def tokenize(
         DocumentName, typer.Option(help="What a document is in plain text.", rich_help_panel="Data")
     ] = "file",
     tokenizer: Annotated[
-        str | None, typer.Option(help="`bytes`, or a SentencePiece FILE.model.", rich_help_panel="Model")
+        str | None, typer.Option(help="`bytes`, a SentencePiece FILE.model, or hf:ORG/NAME.", rich_help_panel="Model")
     ] = None,
     train: Annotated[
         bool, typer.Option("--train", help="Train a SentencePiece tokenizer on the input.", rich_help_panel="Model")
@@ -302,7 +302,8 @@ def _tokenizer_config(
 
     if train == (tokenizer is not None):
         came = "both --tokenizer and --train are given" if train else "no tokenizer"
-        raise InputError(f"{came}; give --tokenizer bytes, --tokenizer FILE.model, or --train --vocab-size N")
+        ways = "--tokenizer bytes, FILE.model or hf:ORG/NAME, or --train --vocab-size N"
+        raise InputError(f"{came}; give {ways}")
     if not train and (vocab_size is not None or model_type is not None):
         raise InputError("--vocab-size and --model-type are for a tokenizer that is trained; add --train or drop them")
     if tokenizer is not None:

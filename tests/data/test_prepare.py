@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from megalodon.data.encode import is_valid
 from megalodon.data.ingest import CorpusConfig
 from megalodon.data.prepare import Ledger, Progress, open_prepared, prepare_store, verify_prepared
-from megalodon.data.tokenizer import TokenizerConfig
+from megalodon.data.tokenizer import TokenizerConfig, train_sentencepiece
 from megalodon.errors import CheckFailed, DataError, EnvironmentFault
 
 BYTES = TokenizerConfig(kind="bytes", reserve=3)
@@ -157,6 +158,59 @@ def test_a_tokenizer_is_trained_on_the_commit_that_is_tokenized(
     data = CorpusConfig.model_validate({"sources": ({"name": "web", "hf": "org/name"},)})
     prepare_store(data, TokenizerConfig(vocab_size=300), tmp_path / "d")
     assert asked == ["abc", "abc"]
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A Hub that holds one tokenizer, org/name, of commit abc; returns what was asked of it."""
+    model = train_sentencepiece(LINES, 300)
+    asked: list[str] = []
+
+    def info(_: object, name: str, revision: str | None) -> SimpleNamespace:
+        asked.append(f"{name} {revision}")
+        return SimpleNamespace(sha=revision or "abc")
+
+    def download(name: str, file: str, revision: str) -> str:
+        asked.append(f"{name} {file} {revision}")
+        model.save(tmp_path)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return asked
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_once_and_its_commit_recorded(
+    folder: Path, tmp_path: Path, hub: list[str]
+) -> None:
+    config = TokenizerConfig(path="hf:org/name")
+    prepared = prepare_store(corpus(folder), config, tmp_path / "d")
+    assert hub == ["org/name None", "org/name tokenizer.model abc"]
+    assert prepared.train.manifest["tokenizer"]["revision"] == "abc"
+    assert prepared.train.manifest["request"]["tokenizer"] == {"kind": "sentencepiece", "hf": "org/name"}
+    again = prepare_store(corpus(folder), config, tmp_path / "d", offline=True)
+    assert again.up_to_date and len(hub) == 2, "a store that is there needs no network"
+    for name in ("org/name@other", "org/other"):
+        with pytest.raises(DataError, match=rf'tokenizer\.hf is "org/name" there and "{name}" here'):
+            prepare_store(corpus(folder), TokenizerConfig(path=f"hf:{name}"), tmp_path / "d")
+    prepare_store(corpus(folder), TokenizerConfig(path="hf:org/name@v1"), tmp_path / "e")
+    assert hub[2:] == ["org/name v1", "org/name tokenizer.model v1"]
+
+
+def test_a_hub_that_may_not_be_asked_or_has_no_tokenizer_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TokenizerConfig(path="hf:org/name")
+    with pytest.raises(EnvironmentFault, match="hf:org/name needs the network, and --offline forbids it"):
+        prepare_store(corpus(folder), config, tmp_path / "d", offline=True)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    with pytest.raises(EnvironmentFault, match=r"cannot be read from the Hub \(no route to host\)"):
+        prepare_store(corpus(folder), config, tmp_path / "d")
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
 def damaged(manifest: dict[str, Any], kind: str) -> None:

@@ -153,8 +153,10 @@ def test_missing_and_ambiguous_files_are_named(tmp_path: Path, trained: Sentence
 
 def test_configured_paths_are_checked(tmp_path: Path) -> None:
     assert check_path(TokenizerConfig()) is None
+    assert check_path(TokenizerConfig(path="hf:ORG/NAME")) is None is check_path(TokenizerConfig(path="hf:a/b@v1.0"))
     for config, message in (
-        (TokenizerConfig(path="hf:ORG/NAME"), "not fetched from the Hub"),
+        (TokenizerConfig(path="hf:NAME"), "expected hf:ORG/NAME or hf:ORG/NAME@REVISION"),
+        (TokenizerConfig(path="hf:a/b@"), "expected hf:ORG/NAME or hf:ORG/NAME@REVISION"),
         (TokenizerConfig(path=str(tmp_path / "none.model")), "no such file"),
         (TokenizerConfig(kind="bytes", path="t.model"), "remove one of the two"),
     ):
