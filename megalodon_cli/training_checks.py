@@ -3,7 +3,6 @@
 Not here: what is compared (training/check_resume.py in megalodon), what a rehearsal does (training/rehearsal.py).
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +21,14 @@ if TYPE_CHECKING:
 @contextmanager
 def _scratch(job: Job) -> Iterator[Path]:
     """Yield an empty directory on the disk of the run; it vanishes, and so do the folders made for it."""
+    from megalodon.data.places import scratch_beside
+
     parent = job.directory.parent
     made = [path for path in (parent, *parent.parents) if not path.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".tmp-{job.directory.name}-", dir=parent) as folder:
-            yield Path(folder)
+        with scratch_beside(job.directory) as folder:
+            yield folder
     finally:
         for path in made:
             if not any(path.iterdir()):

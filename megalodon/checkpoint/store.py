@@ -425,20 +425,13 @@ def retain(root: Path, config: CheckpointConfig, committed: int | None = None) -
     Raises:
         EnvironmentFault: a checkpoint cannot be removed, or `best` not be written.
     """
-    scores: dict[int, float | None] = {}  # of every sound step, newest first
-    for step in steps_in(root):
-        with suppress(CheckpointError):
-            loss = verify_step(step_path(root, step), "fast").manifest.get("valid_loss")
-            scores[step] = loss if isinstance(loss, int | float) else None
+    scores = _scores(root)
     ranked = sorted((loss, step) for step, loss in scores.items() if loss is not None)
     keep = {committed, *list(scores)[: config.keep_last], *(step for _, step in ranked[: config.keep_best])}
     keep |= {step for step in scores if config.keep_every and step % config.keep_every == 0}
     removed = [step for step in scores if step not in keep]
+    point_at_best(root, {step: loss for step, loss in scores.items() if step in keep})
     try:
-        if best := next(((loss, step) for loss, step in ranked if step in keep), None):
-            replace_json(root / "best", {"step": best[1], "valid_loss": best[0]})
-        else:
-            (root / "best").unlink(missing_ok=True)
         for step in removed:
             doomed = root / f".del-{step_path(root, step).name}-{_WRITER}"
             os.rename(step_path(root, step), doomed)
@@ -446,3 +439,32 @@ def retain(root: Path, config: CheckpointConfig, committed: int | None = None) -
     except OSError as error:
         raise EnvironmentFault(f"older checkpoints in {root} could not be removed: {error}") from error
     return removed
+
+
+def point_at_best(root: Path, scores: Mapping[int, float | None] | None = None) -> None:
+    """Let `best` name the step of lowest validation loss, the older of equal ones; remove it if no step has a score.
+
+    Args:
+        scores: of the steps that may be named; None for all that are sound.
+    Raises:
+        EnvironmentFault: `best` cannot be written.
+    """
+    found = _scores(root) if scores is None else scores
+    ranked = sorted((loss, step) for step, loss in found.items() if loss is not None)
+    try:
+        if ranked:
+            replace_json(root / "best", {"step": ranked[0][1], "valid_loss": ranked[0][0]})
+        else:
+            (root / "best").unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"{root / 'best'} could not be written: {error}") from error
+
+
+def _scores(root: Path) -> dict[int, float | None]:
+    """Validation loss of every step that is not visibly damaged, newest first."""
+    scores: dict[int, float | None] = {}
+    for step in steps_in(root):
+        with suppress(CheckpointError):
+            loss = verify_step(step_path(root, step), "fast").manifest.get("valid_loss")
+            scores[step] = loss if isinstance(loss, int | float) else None
+    return scores

@@ -34,6 +34,19 @@ def written_aside(directory: Path) -> Iterator[Path]:
     where a directory must be made.
     """
     make_place(directory)
+    with scratch_beside(directory) as aside:
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            sync(path)
+        give_name(aside, directory)
+
+
+@contextlib.contextmanager
+def scratch_beside(directory: Path) -> Iterator[Path]:
+    """Give an empty directory on the disk of `directory`, in the same folder, which vanishes at the end of the block.
+
+    What killed processes left of such ones is removed first. Raises: DataError if one of them cannot be removed.
+    """
     aside = directory.parent / f".tmp-{os.getpid()}-{directory.name}"
     _remove_abandoned(directory)
     try:
@@ -43,9 +56,6 @@ def written_aside(directory: Path) -> Iterator[Path]:
     try:
         with _held(aside):
             yield aside
-        for path in (*aside.rglob("*"), aside):
-            sync(path)
-        give_name(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -31,6 +31,7 @@ from megalodon.checkpoint.store import (
     clean_leftovers,
     load_tensors,
     newest_good_step,
+    point_at_best,
     set_aside,
     step_path,
     steps_in,
@@ -347,6 +348,7 @@ class Trainer:
         for step in steps_in(self.checkpoints):
             if step > self.step:  # they did not verify or were rolled back, and would push good ones out
                 set_aside(step_path(self.checkpoints, step))
+                point_at_best(self.checkpoints)
         self.metrics.open_at(self.step, self.observed == self.step)
         logged = sum(row["kind"] == "event" and row["event"] == "rollback" for row in self.metrics.rows())
         for rollback in self.rollbacks[logged:]:
@@ -504,7 +506,9 @@ class Trainer:
         except EnvironmentFault as error:
             if self.plan.checkpoint.on_error == "stop":
                 raise
-            self.run.report({"kind": "warning", "text": f"{error}; training goes on (checkpoint.on_error)"})
+            self.run.report(
+                {"kind": "warning", "text": f"{error}; the run goes on without it (checkpoint.on_error: continue)"}
+            )
 
     @contextlib.contextmanager
     def saves_ended(self) -> Iterator[None]:

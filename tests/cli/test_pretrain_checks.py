@@ -59,6 +59,8 @@ def test_the_checks_print_a_document() -> None:
 def test_a_dry_run_goes_through_everything_beside_a_run_and_leaves_nothing() -> None:
     pretrain("--stop-at-step", "1")
     kept = files(".")
+    Path("runs/.tmp-999999999-debug").mkdir()  # of a check that was killed
+    Path("runs/.tmp-999999999-debug/model").touch()
     done = pretrain("--dry-run", "optim.lr=1")  # another recipe than that of the run: it does not matter
     assert done.exit_code == 0, done.output
     rows = [line.split()[0] for line in done.stdout.splitlines() if "GiB" in line]

@@ -250,7 +250,7 @@ def test_a_failed_save_stops_the_run_or_is_told(store: Store, tmp_path: Path, mo
     told: list[Row] = []
     plan = tiny_plan(checkpoint={"every": 3, "on_error": "continue"})
     assert tiny_run(store, tmp_path / "goes-on", plan, report=told.append).status == "finished"
-    assert next(row["text"] for row in told if row["kind"] == "warning").startswith("disk full; training goes on")
+    assert next(row["text"] for row in told if row["kind"] == "warning").startswith("disk full; the run goes on")
 
 
 def test_a_save_in_the_background_that_fails_is_noticed_within_a_step(

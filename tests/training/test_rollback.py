@@ -14,7 +14,7 @@ from megalodon.data.loader import Batch, Loader
 from megalodon.data.shards import Store
 from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError
 from megalodon.training import guard
-from megalodon.training.loop import Result, Row, Trainer
+from megalodon.training.loop import Result, Row, Task, Trainer
 from megalodon.training.rollback import Rollback, first_sample, merged, read_rollbacks, write_rollbacks
 
 
@@ -52,7 +52,7 @@ def poison(store: Store, monkeypatch: pytest.MonkeyPatch) -> Poison:
 def run(store: Store, directory: Path, steps: int = 12, *, model: dict[str, Any] | None = None, **how: Any) -> Result:
     chosen = how.pop("guard", {})
     plan = tiny_plan(train={"max_steps": steps, "guard": chosen}, optim=how.pop("optim", None))
-    return tiny_run(store, directory, plan, model=model, tasks=(score(),), **how)
+    return tiny_run(store, directory, plan, **{"model": model, "tasks": (score(),), **how})
 
 
 def state(directory: Path, step: int) -> dict[str, Any]:
@@ -76,6 +76,19 @@ def test_three_bad_steps_go_back_and_their_samples_are_left_out(store: Store, tm
     assert (trained[3]["rollbacks"], trained[-1]["rollbacks"], trained[-1]["skips"]) == (1, 1, 0)
     assert steps_in(tmp_path / "checkpoints") == [12, 9, 6]
     assert len(list((tmp_path / "checkpoints").glob(".bad-step-00000006-*"))) == 1
+
+
+def test_best_never_names_a_step_that_was_rolled_back(store: Store, tmp_path: Path, poison: Poison) -> None:
+    poison(17, 21, 25)
+    losses, named = iter(range(100, 0, -1)), []
+
+    def look(row: Row) -> None:
+        if row["kind"] == "event" and row["event"] == "rollback":
+            named.append(json.loads((tmp_path / "checkpoints" / "best").read_text())["step"])
+
+    better = Task(lambda model: [{"kind": "eval", "valid_loss": float(next(losses))}], every=3)
+    run(store, tmp_path, tasks=(better,), report=look)
+    assert named == [3], "step 6 was better, and is set aside"
 
 
 @pytest.mark.parametrize("model", [{}, {"dropout": 0.1, "hidden_dropout": 0.2, "attention_dropout": 0.1}])
