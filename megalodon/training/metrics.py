@@ -69,9 +69,10 @@ class MetricsLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return every whole line; the torn last line of a killed process is left out."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        # not splitlines, which also ends a line at characters that the text of a sample may hold, such as U+2028
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
         found = []
-        for line in lines:
+        for line in filter(None, lines):
             try:
                 found.append(json.loads(line))
             except ValueError:

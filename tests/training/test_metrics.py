@@ -48,6 +48,19 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     assert log.rows() == rows(5)[:-1]
 
 
+def test_a_line_ends_where_it_was_ended_whatever_a_sample_holds(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.open_at(0, False)
+    sample = {"kind": "sample", "step": 1, "prompt": "\u2028", "text": "a\u0085b\u2029c\rd\x0ce\x1cf\n"}
+    wrote = [sample, {"kind": "train", "step": 2}, {"kind": "train", "step": 3}]
+    for row in wrote:
+        log.write(row)
+    assert log.rows() == wrote
+    log.open_at(3, True)  # what a resumed run and a rollback do
+    log.close()
+    assert log.rows() == wrote
+
+
 def test_values_that_are_not_finite_become_null(tmp_path: Path) -> None:
     log = written(tmp_path / "metrics.jsonl", 0)
     log.open_at(0, False)
