@@ -30,8 +30,9 @@ class Weights(NamedTuple):
 
 def weights(given: str) -> Weights:
     """Return the verified weights of CKPT. Raises: InputError or CheckpointError for what is missing or damaged."""
-    from megalodon.checkpoint.store import newest_good_step, read_json, step_path, verify_step
+    from megalodon.checkpoint.store import read_json, step_path, verify_step
     from megalodon.checkpoint.tensors import load_model, read_model_info
+    from megalodon.training.rollback import newest_of_run, read_rollbacks
 
     name, at, step = given.rpartition("@")
     if at and not Path(given).exists():
@@ -42,7 +43,7 @@ def weights(given: str) -> Weights:
         return _of_step(verify_step(step_path(run / "checkpoints", number)))
     for place in (Path(given), RUNS / given):
         if (place / "run.json").is_file() and not (place / "model").is_dir():
-            saved, _ = newest_good_step(place / "checkpoints")
+            saved, _ = newest_of_run(place / "checkpoints", read_rollbacks(place))
             if saved:
                 return _of_step(saved)
     directory = model_directory(given)

@@ -25,7 +25,7 @@ def removable(run: Path) -> list[Removable]:
     """
     found = [(path, why) for path, why in _checkpoints(run)]
     root = run / "checkpoints"
-    found += [(path, "did not verify when it was needed") for path in sorted(root.glob(".bad-*"))]
+    found += [(path, "did not verify when it was needed, or was rolled back") for path in sorted(root.glob(".bad-*"))]
     leftovers = [path for place in (run, root) for kind in (".tmp-*", ".del-*") for path in place.glob(kind)]
     found += [(path, "left by a process that was killed") for path in sorted(leftovers)]
     found += [(path, "traces of `--profile`") for path in [run / "profile"] if path.is_dir()]
@@ -33,11 +33,12 @@ def removable(run: Path) -> list[Removable]:
 
 
 def _checkpoints(run: Path) -> list[tuple[Path, str]]:
-    from megalodon.checkpoint.store import newest_good_step, step_path
+    from megalodon.checkpoint.store import step_path
+    from megalodon.training.rollback import newest_of_run, read_rollbacks
 
     root = run / "checkpoints"
     try:
-        newest, _ = newest_good_step(root)
+        newest, _ = newest_of_run(root, read_rollbacks(run))
     except CheckpointError:
         return []
     if newest is None:
@@ -46,7 +47,7 @@ def _checkpoints(run: Path) -> list[tuple[Path, str]]:
     every = run_files.recipe_values(run).get("checkpoint.keep_every")
     kept = {newest.step, *(entry["step"] for entry in steps if entry["best"])}
     kept |= {entry["step"] for entry in steps if isinstance(every, int) and entry["step"] % every == 0}
-    why = {True: f"older than step {newest.step:,}", False: "does not verify"}
+    why = {True: f"older than step {newest.step:,}", False: "does not verify, or was rolled back"}
     return [(step_path(root, e["step"]), why[e["step"] < newest.step]) for e in steps if e["step"] not in kept]
 
 

@@ -59,10 +59,10 @@ from megalodon.training.optim import (
 from megalodon.training.plan import Plan
 from megalodon.training.rollback import (
     Rollback,
-    abandoned_after,
     as_rollbacks,
     first_sample,
     merged,
+    newest_of_run,
     read_rollbacks,
     write_rollbacks,
 )
@@ -530,11 +530,9 @@ class Trainer:
         if self.checkpoints.is_dir():
             clean_leftovers(self.checkpoints)
         self.rollbacks = read_rollbacks(self.run.directory)
-        abandoned = abandoned_after(self.checkpoints, self.rollbacks)
-        before = None if abandoned is None else abandoned + 1
         verify, wanted = self.plan.checkpoint.verify, self.run.resume_from
         if wanted is None:
-            saved, faults = newest_good_step(self.checkpoints, verify, before=before)
+            saved, faults = newest_of_run(self.checkpoints, self.rollbacks, verify)
             self._tell(faults)
         else:
             saved = verify_step(wanted, verify)

@@ -10,9 +10,9 @@ Not here: when to roll back (guard.py), loading the checkpoint and the files of 
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from megalodon.checkpoint.store import read_json, replace_json, step_path, steps_in
+from megalodon.checkpoint.store import Saved, newest_good_step, read_json, replace_json, step_path, steps_in
 from megalodon.errors import CheckpointError, EnvironmentFault
 
 FILE = "rollbacks.json"
@@ -103,7 +103,18 @@ def merged(firsts: Iterable[int], rows: int) -> list[list[int]]:
     return found
 
 
-def abandoned_after(checkpoints: Path, rollbacks: Sequence[Rollback]) -> int | None:
+def newest_of_run(
+    checkpoints: Path, rollbacks: Sequence[Rollback], verify: Literal["full", "fast"] = "full"
+) -> tuple[Saved | None, list[str]]:
+    """Return the checkpoint a run goes on with, and what is wrong with newer ones: never one that was rolled back.
+
+    Raises: what `newest_good_step` raises.
+    """
+    abandoned = _abandoned_after(checkpoints, rollbacks)
+    return newest_good_step(checkpoints, verify, before=None if abandoned is None else abandoned + 1)
+
+
+def _abandoned_after(checkpoints: Path, rollbacks: Sequence[Rollback]) -> int | None:
     """Return the step after which the checkpoints are of steps that a rollback abandoned; None if there are none.
 
     Only those of the last rollback can still be there: each one sets them aside before it trains on.

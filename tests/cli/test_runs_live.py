@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,10 @@ from typer.testing import CliRunner, Result
 from megalodon.checkpoint.lock import RunLock
 from megalodon.checkpoint.store import retain, save_step
 from megalodon.recipe import CheckpointConfig
+from megalodon.training.rollback import Rollback, write_rollbacks
 from megalodon_cli import run_clean, run_files
 from megalodon_cli.app import app
+from megalodon_cli.checkpoints import weights
 from megalodon_cli.run_tail import _Followed, follow
 
 
@@ -245,14 +248,27 @@ def test_clean_keeps_the_newest_that_verifies_the_best_and_the_model(saved):
     removed = json.loads(run("clean", "first", "--yes", "--json").stdout)["result"]["removed"]
     assert {Path(item["path"]).name: item["why"] for item in removed} == {
         "step-00000001": "older than step 3",
-        "step-00000004": "does not verify",
-        ".bad-step-00000009-1": "did not verify when it was needed",
+        "step-00000004": "does not verify, or was rolled back",
+        ".bad-step-00000009-1": "did not verify when it was needed, or was rolled back",
         ".tmp-run.json-7": "left by a process that was killed",
         "profile": "traces of `--profile`",
     }
     assert names(saved) == {"step-00000002", "step-00000003", "best"}
     assert (saved / "model/file").exists() and not (saved / "profile").exists()
     assert run("clean", "first").stdout == "runs/first: nothing to remove\n"
+
+
+def test_clean_keeps_the_checkpoint_that_a_killed_rollback_goes_back_to(saved):
+    """rollbacks.json commits a rollback; the process died before it set the abandoned steps aside."""
+    write_rollbacks(saved, [Rollback(5, 3, [[16, 20]], "loss nan", {})])
+    for made in (*(saved / "checkpoints").glob("step-*"), saved / "model"):
+        shutil.rmtree(made)
+    for step in (1, 2, 3, 4):
+        state = {"step": step, "rollbacks": []}
+        save_step(saved / "checkpoints", step, {"model.w": torch.full((3,), float(step))}, state, {"valid_loss": None})
+    assert weights("first").source.endswith("step-00000003")
+    assert run("clean", "first", "--yes").exit_code == 0
+    assert "step-00000003" in names(saved) and not {"step-00000001", "step-00000004"} & names(saved)
 
 
 def test_clean_removes_no_checkpoint_if_none_verifies(saved):
