@@ -3,6 +3,7 @@
 Not here: what is trained (training_job.py), the rules of a run directory (megalodon/training/run.py).
 """
 
+import os
 import shlex
 import shutil
 import sys
@@ -32,10 +33,11 @@ def finished(directory: Path, config: "RunConfig", asked: Asked, frozen: dict[st
     """
     from megalodon.training.run import check_directory, open_record, start_at
 
-    check_directory(directory, fresh=asked.resume == "never")
-    if asked.resume not in ("auto", "never"):
-        step = Path(asked.resume)
+    step = None if asked.resume in ("auto", "never") else Path(asked.resume)
+    if step:  # first, as it may also have named the directory
         start_at(step, directory)
+    check_directory(directory, fresh=asked.resume == "never")
+    if step:
         open_record(step.parent.parent, frozen, asked.allow)
     record = open_record(directory, frozen, asked.allow)
     if not record or not record.finished or record.values.get("horizon") != _horizon(config):
@@ -118,11 +120,28 @@ def begin(job: Job, record: "RunRecord", unigram: float | None) -> None:
         allowed=[*record.values["allowed"], *([allowed] if allowed else [])],
         next=[shlex.join(["megalodon", "pretrain", str(directory / "recipe.yaml"), "-o", str(directory)])],
     )
+    _take_curve(directory, record)
     recipe = dump(job.resolved)
     command = shlex.join(["megalodon", *sys.argv[1:]]) + "\n"
     for name, text in (("recipe.yaml", recipe), ("command.txt", command)):  # names in another encoding keep their bytes
         (directory / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     write_json(directory / "environment.json", environment(plan.device))
+
+
+def _take_curve(directory: Path, record: "RunRecord") -> None:
+    """Give a branch the rows of the run it left; those after its first step are cut off when the file is opened.
+
+    The record comes before them: a directory that holds rows and no record belongs to nobody.
+    """
+    from megalodon.checkpoint.store import steps_in
+
+    origin, own = record.values.get("branched_from"), directory / "metrics.jsonl"
+    if not origin or own.exists() or steps_in(directory / "checkpoints"):
+        return
+    curve, aside = Path(origin["run"]) / "metrics.jsonl", directory / ".tmp-metrics.jsonl"
+    if curve.exists():
+        shutil.copyfile(curve, aside)
+        os.replace(aside, own)
 
 
 def _say_how(job: Job, record: "RunRecord") -> None:
@@ -134,9 +153,6 @@ def _say_how(job: Job, record: "RunRecord") -> None:
     unsaved = not steps_in(directory / "checkpoints")
     if before is None and origin:
         console.info(f"{directory}: a new run, a branch of {origin['run']} from step {origin['step']:,} on")
-        curve = Path(origin["run"]) / "metrics.jsonl"  # its rows after that step are cut off when it is opened
-        if curve.exists():
-            shutil.copyfile(curve, directory / "metrics.jsonl")
     elif before is None:
         console.info(f"{directory}: a new run, starting at step 0")
     elif unsaved and not origin:

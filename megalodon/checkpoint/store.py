@@ -150,15 +150,17 @@ def _sync_tree(path: Path) -> None:
         _sync_directory(Path(place))
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path) -> list[Path]:
     """Create a directory and its missing parents, and force their names to the disk: what it will hold hangs on them.
 
+    Returns: what was missing, the innermost first.
     Raises: OSError.
     """
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for place in missing:
         _sync_directory(place.parent)
+    return missing
 
 
 @contextmanager

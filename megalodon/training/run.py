@@ -172,12 +172,19 @@ def new_record(directory: Path, frozen: Mapping[str, Any], **values: Any) -> Run
     return RunRecord(directory, {"format": FORMAT, **values, "frozen": dict(frozen), "allowed": []})
 
 
-def drop_unbegun(directory: Path) -> None:
-    """Remove the directory of a run that failed before it began: no run.json, nothing but its lock, which is ours."""
+def drop_unbegun(directory: Path, made: Sequence[Path] = ()) -> None:
+    """Remove the directory of a run that failed before it began: no run.json, nothing but its lock, which is ours.
+
+    Args:
+        made: directories that were made for it, the innermost first; they go too, up to one that holds something else.
+    """
     with suppress(OSError):  # it runs while an error is on its way, which must not be hidden by one of its own
         if [path.name for path in directory.iterdir()] == ["lock.json"]:
             (directory / "lock.json").unlink()
             directory.rmdir()
+            for place in made:
+                if place != directory:
+                    place.rmdir()
 
 
 def environment(device: torch.device) -> dict[str, Any]:

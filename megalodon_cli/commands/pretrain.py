@@ -227,7 +227,7 @@ def _train(
     unigram = unigram_bits_per_byte(job.prepared.train, validation_batches(*rows), bytes_table, tokenizer.vocab_size)
     peak = _peak(plan)
     header(job, peak)
-    make_directory(job.directory)
+    made = make_directory(job.directory)
     with RunLock(job.directory, force=force_unlock) as lock, console.Progress() as live, ExitStack() as places:
         if lock.taken_over:
             console.note(f"{job.directory} was left by {lock.taken_over}, which is gone; taking over")
@@ -267,7 +267,7 @@ def _train(
             result = train(job.model_config, job.loader, plan, run)
             ended = training_job.finish(job, record, result, unigram)
         except BaseException as error:
-            drop_unbegun(job.directory)
+            drop_unbegun(job.directory, made)
             if record.values.get("status") == "running":  # a run that was refused before it began keeps its record
                 kind = "failed" if isinstance(error, Exception) else "stopped"
                 record.update(status=kind, error=str(error) if isinstance(error, MegalodonError) else repr(error))

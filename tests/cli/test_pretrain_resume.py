@@ -1,6 +1,7 @@
 """What the run directory holds and what `pretrain` does then, row by row; weights from elsewhere; branches."""
 
 import os
+import pkgutil
 import shutil
 import signal
 import time
@@ -114,6 +115,26 @@ def test_a_branch_begins_with_the_step_and_ends_as_the_run_does() -> None:
     assert other.exit_code == 2 and "branch holds a run that did not branch off" in other.stderr
 
 
+@pytest.mark.parametrize("place", ["megalodon.training.run.RunRecord.update", "shutil.copyfile", "os.replace"])
+def test_a_branch_that_was_killed_while_it_began_goes_on(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain()
+    branch = ["--resume", f"{STEP}4", "-o", "branch"]
+    owner, _, name = place.rpartition(".")
+    real = getattr(pkgutil.resolve_name(owner), name)
+
+    def die(*given: Any, **named: Any) -> Any:
+        if name != "replace" or str(given[1]) == "branch/metrics.jsonl":
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megalodon.training.run.drop_unbegun", lambda *_: None)  # nobody tidies up after a kill
+        patch.setattr(place, die)
+        assert pretrain(*branch).exit_code == 130
+    assert pretrain(*branch).exit_code == 0
+    assert metrics("branch") == metrics("runs/debug")
+
+
 def test_a_branch_with_other_values_has_them_on_record() -> None:
     pretrain("--stop-at-step", "2")
     line = ["--resume", f"{STEP}2", "-o", "branch", "optim.lr=1e-2", "--stop-at-step", "3"]
@@ -130,6 +151,8 @@ def test_what_is_no_step_directory_is_refused(given: str) -> None:
     refused = pretrain("--resume", given, "-o", "new")
     assert refused.exit_code == 2 and "expected auto, never, or a step directory such as" in refused.stderr
     assert not Path("new").exists()
+    refused = pretrain("--resume", given)
+    assert refused.exit_code == 2 and "expected auto, never, or a step directory such as" in refused.stderr
 
 
 def test_weights_from_elsewhere_begin_a_new_run_and_only_that() -> None:
@@ -157,8 +180,12 @@ def test_weights_that_do_not_fit_are_named_one_by_one() -> None:
         ("debug@last", "expected a step or `best` behind the @"),
         ("nope@1", "nope: no run nope"),
     ):
-        refused = pretrain("--init-from", given, "-o", "new")
+        refused = pretrain("--init-from", given, "-o", "deep/runs/new")
         assert refused.exit_code == 2 and said in refused.stderr, refused.output
+        assert not Path("deep").exists()
+    Path("deep").mkdir()
+    assert pretrain("--init-from", "nope", "-o", "deep/runs/new").exit_code == 2
+    assert list(Path("deep").iterdir()) == []  # what was there before stays
     both = pretrain("--init-from", "debug", "--resume", f"{STEP}1")
     assert both.exit_code == 2 and "a step has its own weights" in both.stderr
 
