@@ -115,7 +115,7 @@ def replace_json(path: Path, value: object) -> None:
     aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     write_json(aside, value)
     os.replace(aside, path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,7 +133,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Force the names in a directory to the disk. Raises: OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
@@ -147,7 +148,7 @@ def _sync_tree(path: Path) -> None:
         for name in files:
             with naming(Path(place, name)), open(Path(place, name), "rb") as file:
                 os.fsync(file.fileno())
-        _sync_directory(Path(place))
+        sync_directory(Path(place))
 
 
 def make_directory(path: Path) -> list[Path]:
@@ -159,7 +160,7 @@ def make_directory(path: Path) -> list[Path]:
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for place in missing:
-        _sync_directory(place.parent)
+        sync_directory(place.parent)
     return missing
 
 
@@ -181,7 +182,7 @@ def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
             _exchange(target, aside)
         else:
             os.rename(aside, target)
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 import torch
 from pydantic import Field
 
+from megalodon.checkpoint.store import sync_directory
 from megalodon.config import Config
 from megalodon.model.megalodon import ModelConfig
 
@@ -65,6 +66,7 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, self.path)
+        sync_directory(self.path.parent)  # or what is forced to the disk later would be a file without this name
         self._file = self.path.open("a", encoding="utf-8")
 
     def rows(self) -> list[dict[str, Any]]:

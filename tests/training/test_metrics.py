@@ -1,8 +1,11 @@
 """metrics.jsonl continues as if a run had never stopped; speed is counted as its docstring says."""
 
 import math
+import os
+import stat
 from pathlib import Path
 
+import pytest
 import torch
 from factories import tiny_config
 
@@ -46,6 +49,26 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     log = written(path, 5)
     path.write_text(path.read_text()[:-9])
     assert log.rows() == rows(5)[:-1]
+
+
+def test_the_name_of_the_file_is_forced_to_the_disk_with_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, told, replace, sync = written(tmp_path / "metrics.jsonl", 3), list[str](), os.replace, os.fsync
+
+    def replaced(old: Path, new: Path) -> None:
+        told.append("named")
+        replace(old, new)
+
+    def synced(descriptor: int) -> None:
+        told.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "rows")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "fsync", synced)
+    log.open_at(2, True)
+    log.close()
+    assert told == ["rows", "named", "directory"]
 
 
 def test_a_line_ends_where_it_was_ended_whatever_a_sample_holds(tmp_path: Path) -> None:
