@@ -82,7 +82,7 @@ def _memory(health: Row | None) -> Table:
     rows = []
     for index, layer in enumerate(health.get("layers", ()) if health else ()):
         if isinstance(memory := layer.get("memory"), dict):
-            rows.append([str(index), *(f"{memory[key]:,.0f}" for key in ("median", "p99.9", "max"))])
+            rows.append([str(index), *(number(memory[key], ",.0f") for key in ("median", "p99.9", "max"))])
     return [["layer", "memory, tokens: median", "p99.9", "max"], *rows]
 
 

@@ -61,7 +61,7 @@ def line_of(row: Mapping[str, Any], horizon: int | None = None) -> str:
     if kind == "sample":
         return f"sample at step {step:,}: {row['prompt']}|{row['text']}"
     if kind == "health":
-        memory = " ".join(f"{layer['memory']['median']:.0f}" for layer in row["layers"])
+        memory = " ".join(_number(layer["memory"]["median"], ".0f") for layer in row["layers"])
         return f"health at step {step:,}: memory of layers (tokens) {memory}"
     if row.get("event") == "rollback":
         left_out = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in row["samples"])

@@ -89,6 +89,20 @@ def test_a_run_is_running_while_a_process_holds_it_and_interrupted_when_that_die
     assert status() == "interrupted"
 
 
+def test_a_memory_that_is_no_number_hides_nothing(first):
+    """metrics.jsonl holds null for what is not finite."""
+    health = {"kind": "health", "step": 3, "layers": [{"memory": {"median": None, "p99.9": 6.0, "max": None}}]}
+    with (first / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(health) + "\n")
+    assert "memory of layers (tokens) -\n" in run("tail", "first").stdout
+    shown = run("show", "first")
+    assert shown.exit_code == 0 and shown.stdout.count("layer  memory") == 1
+    (row,) = [
+        line.split() for line in shown.stdout.splitlines() if line.split()[:1] == ["0"] and len(line.split()) == 4
+    ]
+    assert row == ["0", "-", "6", "-"]
+
+
 def test_another_host_is_believed_while_its_heart_beats(first):
     (first / "lock.json").write_text(json.dumps({"pid": 1, "host": f"not-{socket.gethostname()}"}))
     assert status() == "running"
