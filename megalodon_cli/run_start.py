@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,16 +59,19 @@ def _horizon(config: "RunConfig") -> dict[str, Any]:
     return {"max_steps": train.max_steps, "max_tokens": train.max_tokens, "max_epochs": train.max_epochs}
 
 
-def micro_rows(directory: Path) -> int | None:
-    """Return the windows of a pass that the run in a directory began with, None for a new one.
+def micro_rows(directory: Path, frozen: Mapping[str, Any], device: str) -> int | None:
+    """Return the windows of a pass that the run in a directory has; None if it is to be found (again).
 
     `micro_batch: auto` found them, and a run that goes on keeps them: another number would round its sums otherwise.
+    With other steps, other windows, or on another kind of device they would mean nothing, or not fit.
     """
     from megalodon.checkpoint.store import read_json
 
     path = directory / "run.json"
-    found = read_json(path).get("micro_rows") if path.exists() else None
-    return found if isinstance(found, int) else None
+    values = read_json(path) if path.exists() else {}
+    keys, before, found = ("train.batch_tokens", "data.seq_len"), values.get("frozen", {}), values.get("micro_rows")
+    same = values.get("device", device) == device and all(before.get(key) == frozen.get(key) for key in keys)
+    return found if same and isinstance(found, int) else None
 
 
 def record_of(job: Job) -> "RunRecord":
@@ -110,6 +114,7 @@ def begin(job: Job, record: "RunRecord", unigram: float | None) -> None:
         horizon=_horizon(job.config),
         parameters=job.model_config.num_parameters(),
         micro_rows=plan.micro_rows,
+        device=plan.device.type,
         unigram_bits_per_byte=unigram,
         data={
             "train": job.prepared.train.fingerprint,

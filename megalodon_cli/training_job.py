@@ -62,7 +62,7 @@ def prepare(resolved: "Resolved", asked: Asked, *, scratch: bool = False) -> Job
     loader = Loader(prepared.train, config.data.seq_len, config.data.isolate, config.train.seed, config.data.weights())
     plan = make_plan(*parts, seq_len=config.data.seq_len, windows=loader.num_samples, device=asked.device)
     model_config = config.model_config_for(prepared.tokenizer.vocab_size)
-    before = None if scratch else run_start.micro_rows(directory)
+    before = None if scratch else run_start.micro_rows(directory, frozen, plan.device.type)
     plan = fitted(model_config, plan, available_memory(plan.device), before)
     return Job(config, resolved, directory, prepared, loader, model_config, plan, frozen, asked)
 

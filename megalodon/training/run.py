@@ -43,6 +43,7 @@ class RunRecord:
     status     running | stopped | finished | failed
     step, steps, tokens, parameters, seconds            of the last save; steps is the horizon
     valid_loss, bits_per_byte, bits_per_byte_at_start, unigram_bits_per_byte
+    micro_rows, device    windows of a pass, and the kind of device they were found for
     next       commands that make sense now
     frozen     dotted key -> value that the run keeps for life
     allowed    changes of frozen values that the user asked for

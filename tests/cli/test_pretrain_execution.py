@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from small_runs import pretrain, record
 
+from megalodon_cli.run_start import micro_rows
+
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +48,16 @@ def test_a_run_that_goes_on_keeps_the_windows_of_a_pass(monkeypatch: pytest.Monk
     assert "; 4 in a pass" in done.stderr
     assert pretrain("-o", "runs/other", "--stop-at-step", "1").exit_code == 0
     assert record("runs/other")["micro_rows"] == 1, "a new run finds its own"
+
+
+@pytest.mark.parametrize("changed", ["device", "train.batch_tokens", "data.seq_len"])
+def test_the_windows_of_a_pass_are_found_again_where_they_mean_something_else(changed: str) -> None:
+    assert pretrain("--stop-at-step", "1").exit_code == 0
+    path = Path("runs/debug/run.json")
+    there = json.loads(path.read_text()) | {"micro_rows": 2}
+    frozen = there["frozen"]
+    path.write_text(json.dumps(there | {"device": "cuda"} if changed == "device" else there))
+    assert micro_rows(path.parent, frozen | {"optim.lr": 1.0}, "cpu") == (None if changed == "device" else 2)
+    assert micro_rows(path.parent, frozen | {changed: 74}, "cuda" if changed == "device" else "cpu") == (
+        2 if changed == "device" else None
+    )
