@@ -348,7 +348,7 @@ class Trainer:
         for step in steps_in(self.checkpoints):
             if step > self.step:  # they did not verify or were rolled back, and would push good ones out
                 set_aside(step_path(self.checkpoints, step))
-                point_at_best(self.checkpoints)
+        point_at_best(self.checkpoints)  # in any case: a process killed between the two left it to this one
         self.metrics.open_at(self.step, self.observed == self.step)
         logged = sum(row["kind"] == "event" and row["event"] == "rollback" for row in self.metrics.rows())
         for rollback in self.rollbacks[logged:]:

@@ -91,6 +91,29 @@ def test_best_never_names_a_step_that_was_rolled_back(store: Store, tmp_path: Pa
     assert named == [3], "step 6 was better, and is set aside"
 
 
+def test_best_is_put_right_after_a_kill_between_setting_aside_and_naming(
+    store: Store, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(17, 21, 25)
+    losses, named = iter(range(100, 0, -1)), []
+    better = Task(lambda model: [{"kind": "eval", "valid_loss": float(next(losses))}], every=3)
+
+    def die(*_: object) -> None:
+        if read_rollbacks(tmp_path):
+            raise Killed
+
+    def look(row: Row) -> None:
+        if row.get("event") == "resumed":
+            named.append(json.loads((tmp_path / "checkpoints" / "best").read_text())["step"])
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("megalodon.training.loop.point_at_best", die)
+        run(store, tmp_path, tasks=(better,))
+    assert steps_in(tmp_path / "checkpoints") == [3]
+    run(store, tmp_path, tasks=(better,), report=look)
+    assert named == [3]
+
+
 @pytest.mark.parametrize("model", [{}, {"dropout": 0.1, "hidden_dropout": 0.2, "attention_dropout": 0.1}])
 def test_what_was_trained_is_what_a_run_without_the_samples_would_have(
     store: Store, tmp_path: Path, poison: Poison, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
