@@ -455,10 +455,10 @@ def point_at_best(root: Path, scores: Mapping[int, float | None] | None = None) 
     found = _scores(root) if scores is None else scores
     ranked = sorted((loss, step) for step, loss in found.items() if loss is not None)
     try:
-        if ranked:
-            replace_json(root / "best", {"step": ranked[0][1], "valid_loss": ranked[0][0]})
-        else:
+        if not ranked:
             (root / "best").unlink(missing_ok=True)
+        elif _best(root) != (best := {"step": ranked[0][1], "valid_loss": ranked[0][0]}):
+            replace_json(root / "best", best)
     except OSError as error:
         raise EnvironmentFault(f"{root / 'best'} could not be written: {error}") from error
 
@@ -471,3 +471,10 @@ def _scores(root: Path) -> dict[int, float | None]:
             loss = verify_step(step_path(root, step), "fast").manifest.get("valid_loss")
             scores[step] = loss if isinstance(loss, int | float) else None
     return scores
+
+
+def _best(root: Path) -> dict[str, Any] | None:
+    """What `best` says; None if it is not there or says nothing."""
+    with suppress(CheckpointError):
+        return read_json(root / "best")
+    return None
