@@ -46,8 +46,11 @@ class Budget(NamedTuple):
 
     def describe(self) -> str:
         """Return it in one line."""
-        many = f"{self.workers} worker{'s' if self.workers != 1 else ''}"
-        return f"{many}, at most {self.bound / 1e6:,.0f} MB of memory in all"
+        return f"{_many(self.workers)}, at most {self.bound / 1e6:,.0f} MB of memory in all"
+
+
+def _many(workers: int) -> str:
+    return f"{workers} worker{'s' if workers != 1 else ''}"
 
 
 def plan(workers: int | None, mem: int, hub: bool = False, sample: int = 0) -> Budget:
@@ -63,7 +66,10 @@ def plan(workers: int | None, mem: int, hub: bool = False, sample: int = 0) -> B
     needed = base + count * _WORKER
     if mem < needed:
         fewer = f"give fewer workers (-j {fitting}) or more memory" if count > 1 else "give more memory"
-        raise InputError(f"--mem is {mem / 1e6:,.0f} MB, and {count} workers need {needed / 1e6:,.0f} MB; {fewer}")
+        raise InputError(
+            f"--mem is {mem / 1e6:,.0f} MB, and {_many(count)} need{'s' if count == 1 else ''} "
+            f"{needed / 1e6:,.0f} MB; {fewer}"
+        )
     training = base + sample * _TRAINING
     if mem < training:
         raise InputError(
@@ -172,7 +178,7 @@ def _receive(worker: _Worker, setup: Setup) -> Any:
     """Return the next message of a worker. Raises: EnvironmentFault if it is dead, RuntimeError for a bug in it."""
     try:
         message = worker.connection.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # OSError: it died in the middle of a message
         worker.process.join()
         code, task = worker.process.exitcode or 0, worker.task
         assert task is not None

@@ -7,8 +7,10 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,6 +202,21 @@ def test_a_killed_worker_is_an_error_that_names_its_task(folder: Path, tmp_path:
     assert content(tmp_path / "d") == content(make(folder, tmp_path / "whole").train.path)
 
 
+def test_a_worker_killed_in_the_middle_of_a_message_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 1000) + b"the first bytes of a thousand")
+    theirs.close()
+    process = SimpleNamespace(join=lambda: None, exitcode=-signal.SIGKILL)
+    worker: Any = SimpleNamespace(connection=ours, process=process, task=SimpleNamespace(source=0))
+    setup: Any = SimpleNamespace(sources=["books"])
+    monkeypatch.setattr(workers, "describe", lambda task, source: f"task 7 ({source})")
+    with (
+        ours,
+        pytest.raises(EnvironmentFault, match=r"a worker was killed by signal 9 at task 7 \(books\); nothing of"),
+    ):
+        workers._receive(worker, setup)
+
+
 def test_workers_end_with_their_parent(folder: Path, tmp_path: Path) -> None:
     pids = multiprocessing.get_context("fork").SimpleQueue()
 
@@ -249,6 +266,8 @@ def test_too_little_memory_is_refused_with_both_numbers() -> None:
         for mem in (10**9, 2 * 10**9, 10**11):
             if count < 5 or mem > 10**9:
                 assert workers.plan(count, mem).bound <= mem
+    with pytest.raises(InputError, match=r"--mem is 200 MB, and 1 worker needs 290 MB; give more memory"):
+        workers.plan(None, 200_000_000)
     assert workers.plan(None, 300_000_000).workers == 1
     with pytest.raises(InputError, match=r"--mem is 500 MB, and a tokenizer trained on 100 MB of text needs 800 MB"):
         workers.plan(2, 500_000_000, sample=100_000_000)
