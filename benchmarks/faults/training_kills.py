@@ -200,7 +200,8 @@ class Campaign:
                 self.lost += acknowledged - at
                 self.fault(run, f"went on at step {at}, but step {acknowledged} was acknowledged", text)
         # A clock of the file system may be a tick behind; whatever is older than this life was left by another.
-        old = [path for path in leftovers(run) if path.lstat().st_mtime < life.began - 0.05] if begun else []
+        # By ctime: a step that this life renamed in order to remove it keeps the mtime of the life that wrote it.
+        old = [path for path in leftovers(run) if path.lstat().st_ctime < life.began - 0.05] if begun else []
         if old:
             self.remains += len(old)
             self.fault(run, f"kept {', '.join(path.name for path in old)} of an earlier life", text)
