@@ -72,7 +72,7 @@ class Campaign:
         self.work, self.kills, self.draw = work, kills, random.Random(seed)
         self.faults: list[str] = []
         self.victims: Counter[str] = Counter()
-        self.done = self.stores = self.unequal = self.ended_well = 0
+        self.done = self.stores = self.unequal = 0
         self.references: dict[tuple[str, ...], dict[str, str]] = {}
         self.seconds: dict[tuple[str, ...], float] = {}
 
@@ -105,7 +105,7 @@ class Campaign:
         planned = self.done + self.draw.randint(1, 3)
         for attempt in range(1000):
             with Life.spawned(self.arguments(way, store), self.work, self.work / "log.txt") as life:
-                hit = False
+                hit = None
                 if self.done < min(planned, self.kills):
                     # a restart keeps what is finished: later attempts are shorter
                     life.wait(self.draw.uniform(0, 1.1 * self.seconds[way] / min(4, 1 + attempt / 2)))
@@ -113,9 +113,10 @@ class Campaign:
                 life.wait()
                 if life.ended == 0:
                     break
-                if not hit:
+                if hit is None:
                     return self.fault(store, f"ended with {life.ended} by itself", life.text())
             self.done += 1
+            self.victims[hit] += 1
         if contents(self.work / store) != self.references[way]:
             self.unequal += 1
             self.fault(store, "differs from the unbroken store", "")
@@ -123,14 +124,13 @@ class Campaign:
             self.fault(store, f"left {', '.join(remains)}", "")
         shutil.rmtree(self.work / store, ignore_errors=True)
 
-    def hit(self, life: Life) -> bool:
-        """Kill the command or, each third time, one of its workers; False if there was nobody to kill."""
+    def hit(self, life: Life) -> str | None:
+        """Kill the command or, each third time, one of its workers; return who it was, None if nobody was left."""
         if life.wait(0):
-            return False
+            return None
         if self.done % 3 != 2 or not (pids := workers(life.pid)):
-            self.victims["command"] += (killed := life.kill())
-            return killed
-        return self.hit_worker(life, self.draw.choice(pids))
+            return "command" if life.kill() else None
+        return "worker" if self.hit_worker(life, self.draw.choice(pids)) else None
 
     def hit_worker(self, life: Life, pid: int) -> bool:
         """Kill a worker and see the command end with an error: documents are never left out in silence."""
@@ -145,12 +145,10 @@ class Campaign:
             return False
         finally:
             os.close(handle)
-        self.victims["worker"] += 1
         life.wait()
         said = [line for line in life.text().splitlines() if line.startswith("error: ")]
-        if life.ended == 0:  # the worker had nothing left to do; the store is compared like any other
-            self.ended_well += 1
-        elif life.ended not in (1, 3) or len(said) != 1 or "Traceback" in life.text():
+        # 0: the worker had nothing left to do; that kill is not counted, and the store is compared like any other
+        if life.ended != 0 and (life.ended not in (1, 3) or len(said) != 1 or "Traceback" in life.text()):
             self.fault("worker", f"its death ended the command with {life.ended}", life.text())
         return True
 
