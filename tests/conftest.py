@@ -1,11 +1,14 @@
-"""What every test runs under: a seed, NaN in uninitialised memory, one thread, no user's environment."""
+"""What every test runs under: a seed, NaN in uninitialised memory, one thread, Triton's interpreter without a GPU."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before anything imports one
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it brings
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory with NaN
 

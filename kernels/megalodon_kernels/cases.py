@@ -13,8 +13,12 @@ Inputs = dict[str, Any]
 
 def cases(op: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Iterator[tuple[str, Inputs]]:
     """Yield (name, keyword arguments) for `op`: one token, odd lengths, with and without state and document starts."""
-    make = {"cema": _cema, "timestep_norm": _timestep_norm, "chunk_attention": _chunk_attention}[op]
     draw = torch.Generator().manual_seed(seed)
+    if op in TOKENWISE:
+        for length in (1, 37, 150):
+            yield f"L{length}", TOKENWISE[op](length, dtype, draw)
+        return
+    make = {"cema": _cema, "timestep_norm": _timestep_norm, "chunk_attention": _chunk_attention}[op]
     for length in (1, 37, 150):
         for with_state in (False, True):
             for with_starts in (False, True):
@@ -76,3 +80,18 @@ def _chunk_attention(
         inputs["open_k"] = torch.randn(B, 11, H, Z, generator=draw, dtype=dtype)
         inputs["open_v"] = torch.randn(B, 11, H, V, generator=draw, dtype=dtype)
     return inputs | ({"starts": _starts(B, length, draw)} if with_starts else {})
+
+
+def _rms_norm(length: int, dtype: torch.dtype, draw: torch.Generator) -> Inputs:
+    B, D = 2, 21
+    x = torch.randn(B, length, D, generator=draw, dtype=dtype) + 1
+    return {"x": x, "weight": 0.1 * torch.randn(D, generator=draw, dtype=dtype)}
+
+
+def _layer_norm(length: int, dtype: torch.dtype, draw: torch.Generator) -> Inputs:
+    inputs = _rms_norm(length, dtype, draw)
+    return inputs | {"bias": 0.1 * torch.randn(inputs["weight"].shape, generator=draw, dtype=dtype)}
+
+
+TOKENWISE = {"rms_norm": _rms_norm, "layer_norm": _layer_norm}
+"""Ops that treat every token by itself: no state, no document starts."""

@@ -1,16 +1,29 @@
 """Which implementation of an op runs, and whether its arguments fit together. Not here: the implementations.
 
 An op is a folder; each of its implementations has the same signature. `reference` is the meaning, `portable` the fast
-path in plain PyTorch. A backend asked for by name runs or raises; nothing falls back in silence.
+path in plain PyTorch, `triton` the GPU kernels. A backend asked for by name runs or raises; nothing falls back in
+silence. What `auto` takes is logged once an op, under the name of this package.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, get_args
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-Backend = Literal["auto", "reference", "portable"]
-Op = TypeVar("Op", bound=Callable[..., Any])
+Backend = Literal["auto", "reference", "portable", "triton"]
+LEAST_CAPABILITY = (8, 0)
+"""Ampere: the first generation with bfloat16 tensor cores."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton, which reads this variable when a kernel is defined, runs kernels by its interpreter on a CPU."""
+
+_instead_of_auto: ContextVar[Backend] = ContextVar("instead_of_auto", default="auto")
+_reported: set[tuple[str, str]] = set()
+_log = logging.getLogger("megalodon_kernels")
 
 
 class KernelError(RuntimeError):
@@ -19,17 +32,61 @@ class KernelError(RuntimeError):
     exit_code = 3
 
 
-def choose(op: str, backend: str, implementations: Mapping[str, Op]) -> Op:
-    """Return the implementation of `op` that `backend` names; `auto` takes the portable one.
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, unfit: str | None = None) -> str:
+    """Return which implementation of `op` runs: "reference", "portable" or "triton".
 
+    `auto` takes Triton on a CUDA device of capability 8.0 or above for float32 and bfloat16 inputs that its kernels
+    can take, else the portable path; never the interpreter, which is for tests and runs by name alone.
+
+    Args:
+        op: for messages.
+        backend: one of `Backend`.
+        device, dtype: of the op's main input.
+        unfit: why the kernels cannot take these inputs, as "what came; what was expected"; None if they can.
     Raises:
-        KernelError: `backend` is not the name of an implementation.
+        KernelError: `backend` is no backend, or it is "triton" and this call cannot run there.
     """
-    name = "portable" if backend == "auto" else backend
-    if name not in implementations:
-        known = ", ".join(get_args(Backend))
-        raise KernelError(f"{op}: backend is {backend!r}; expected one of {known}")
-    return implementations[name]
+    if backend not in get_args(Backend):
+        raise KernelError(f"{op}: backend is {backend!r}; expected one of {', '.join(get_args(Backend))}")
+    if backend == "auto":
+        backend = _instead_of_auto.get()
+    if backend == "auto":
+        chosen = "triton" if _obstacle(device, dtype, unfit) is None and device.type == "cuda" else "portable"
+        _report(op, chosen, device)
+        return chosen
+    if backend == "triton" and (obstacle := _obstacle(device, dtype, unfit)):
+        raise KernelError(f"{op}: backend triton cannot run: {obstacle}; use backend auto or portable")
+    return backend
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype, unfit: str | None) -> str | None:
+    """What keeps Triton from running a call; None if nothing does."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            return f"the device has compute capability {capability[0]}.{capability[1]}, expected 8.0 or above"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"the dtype is {dtype}, expected float32 or bfloat16"
+    elif not INTERPRETED:
+        return f"the device is {device.type}, expected cuda (or TRITON_INTERPRET=1, for tests)"
+    return unfit
+
+
+def _report(op: str, chosen: str, device: torch.device) -> None:
+    # Under torch.compile a log call would break the graph.
+    if (op, chosen) not in _reported and not torch.compiler.is_compiling():
+        _reported.add((op, chosen))
+        _log.info("%s: backend %s on %s", op, chosen, device)
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Inside, `auto` means `backend`: how a test runs a whole model on one implementation."""
+    token = _instead_of_auto.set(backend)
+    try:
+        yield
+    finally:
+        _instead_of_auto.reset(token)
 
 
 def check_shapes(op: str, known: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:

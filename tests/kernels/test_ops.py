@@ -13,8 +13,17 @@ from megalodon_kernels import KernelError, Statistics
 from megalodon_kernels.cases import cases
 
 OPS = ("cema", "timestep_norm", "chunk_attention")
-NAMES = [name for name, _ in cases("cema")]
+"""Ops with a state and document starts."""
 BACKENDS = ("reference", "portable")
+FAST = {
+    "cema": ("portable",),
+    "timestep_norm": ("portable",),
+    "chunk_attention": ("portable",),
+    "rms_norm": ("portable", "triton"),
+    "layer_norm": ("portable", "triton"),
+}
+"""Op -> the implementations that must agree with its reference."""
+CASES = [(op, backend, name) for op, backends in FAST.items() for backend in backends for name, _ in cases(op)]
 
 
 def case(op: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -41,12 +50,11 @@ def is_float(x: object) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("op", OPS)
-def test_portable_is_reference(op: str, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("op", "backend", "name"), CASES)
+def test_each_implementation_is_the_reference(op: str, backend: str, name: str, dtype: torch.dtype) -> None:
     inputs = case(op, name, dtype)
     expected, expected_gradients = run(op, inputs, "reference")
-    actual, actual_gradients = run(op, inputs, "portable")
+    actual, actual_gradients = run(op, inputs, backend)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert a.dtype == e.dtype
         if is_float(e):
@@ -61,12 +69,13 @@ def test_portable_is_reference(op: str, name: str, dtype: torch.dtype) -> None:
             assert a.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["reference", "portable"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("op", "backend"), [(op, backend) for op, backends in FAST.items() for backend in ("reference", *backends)]
+)
 def test_gradcheck(op: str, backend: str) -> None:
     """Numerical derivatives in float64 of every input, states included, with document starts."""
-    inputs = case(op, "L37-state-starts", torch.float64)
-    length = 7
+    inputs = case(op, "L37-state-starts" if op in OPS else "L37", torch.float64)
+    length = 2 if op not in OPS else 7
     short = {k: v[:, :length] if k in ("x", "q", "k", "v", "starts") else v for k, v in inputs.items()}
     leaves, tree = tree_flatten(short)
     places = [i for i, x in enumerate(leaves) if is_float(x)]
@@ -137,13 +146,13 @@ def test_chunks_of_several_blocks(dtype: torch.dtype) -> None:
         assert_close(a, e, OP[dtype])
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_bfloat16_is_the_reference_rounded(op: str) -> None:
+@pytest.mark.parametrize(("op", "backend"), [(op, backend) for op, backends in FAST.items() for backend in backends])
+def test_bfloat16_is_the_reference_rounded(op: str, backend: str) -> None:
     """bf16 inputs; statistics, states and sums in float32 or better: a few roundings of the reference on them."""
-    inputs = case(op, "L150-state-starts", torch.float32)
+    inputs = case(op, "L150-state-starts" if op in OPS else "L150", torch.float32)
     for name in {"x", "q", "k", "v", "open_k", "open_v"} & inputs.keys():
         inputs[name] = inputs[name].bfloat16()
-    (expected, expected_gradients), (actual, gradients) = (run(op, inputs, b) for b in BACKENDS)
+    (expected, expected_gradients), (actual, gradients) = (run(op, inputs, b) for b in ("reference", backend))
     for a, e in zip(actual + gradients, expected + expected_gradients, strict=True):
         assert a.dtype == e.dtype
         assert_close(a, e, OP_BF16)

@@ -49,7 +49,7 @@ def cema(
         KernelError: `backend` cannot run this call.
     """
     _check(x, p, log_decay, angle, gamma, omega, h0, starts)
-    run = choose("cema", backend, IMPLEMENTATIONS)
+    run = IMPLEMENTATIONS[choose("cema", backend, x.device, x.dtype, "it has no kernel yet")]
     with torch.autocast(x.device.type, enabled=False):
         return run(x, p, log_decay, angle, gamma, omega, h0, starts)
 

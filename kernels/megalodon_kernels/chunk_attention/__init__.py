@@ -57,7 +57,7 @@ def chunk_attention(
     # A cache may come from a call in another precision; the dtypes of this call decide.
     open_k, open_v = open_k.to(k.dtype), open_v.to(v.dtype)
     _check(q, k, v, chunk_size, position, open_k, open_v, starts)
-    run = choose("chunk_attention", backend, IMPLEMENTATIONS)
+    run = IMPLEMENTATIONS[choose("chunk_attention", backend, q.device, q.dtype, "it has no kernel yet")]
     with torch.autocast(q.device.type, enabled=False):
         return run(q, k, v, chunk_size, position, open_k, open_v, starts, dropout)
 

@@ -50,7 +50,7 @@ def timestep_norm(
         KernelError: `backend` cannot run this call.
     """
     _check(x, weight, bias, num_groups, state, starts, padding, prior)
-    run = choose("timestep_norm", backend, IMPLEMENTATIONS)
+    run = IMPLEMENTATIONS[choose("timestep_norm", backend, x.device, x.dtype, "it has no kernel yet")]
     with torch.autocast(x.device.type, enabled=False):
         return run(x, weight, bias, num_groups, state, starts, padding, prior, eps)
 

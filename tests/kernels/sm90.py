@@ -1,0 +1,110 @@
+"""Compile kernels for an H100 (sm_90) on a machine without a GPU, and read what the machine code needs.
+
+    python tests/kernels/sm90.py cema norm          # one JSON line for each kernel of these ops
+
+A process of its own: Triton decides between interpreter and compiler when a kernel is defined. The kernels and the
+tiles they launch with on a GPU stand in PRODUCTION. Not here: what is asked of the figures (test_sm90.py).
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BF16, F32, I64, INT = "*bf16", "*fp32", "*i64", "i32"
+
+
+class Production(NamedTuple):
+    """A kernel as a GPU runs it at the 7B width.
+
+    `types` gives the Triton type of each argument that is no constexpr; pointers and integers count as multiples of 16.
+    """
+
+    name: str
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 2
+    uses_tensor_cores: bool = False
+
+
+def production(op: str) -> list[Production]:
+    """The kernels of an op and their tiles."""
+    return PRODUCTION[op]()
+
+
+def _norm() -> list[Production]:
+    import triton.language as tl
+
+    common = {"D": 4096, "BLOCK": 4096, "CENTRE": True, "WIDE": tl.float32}
+    pointers = {"x_ptr": BF16, "weight_ptr": F32, "mean_ptr": F32, "rstd_ptr": F32, "num_rows": INT}
+    forward = pointers | {"y_ptr": BF16, "bias_ptr": F32, "eps": "fp32"}
+    backward = pointers | {"dy_ptr": BF16, "dx_ptr": BF16, "dweight_ptr": F32, "dbias_ptr": F32}
+    return [
+        Production("norm forward", "norm:_forward", forward, common | {"ROWS": 1}, warps=8),
+        Production("norm backward", "norm:_backward", backward, common, warps=8),
+    ]
+
+
+PRODUCTION = {"norm": _norm}
+
+
+def measure(wanted: Production) -> dict[str, Any]:
+    """Compile; return registers a thread, bytes of stack and spills, shared memory, and instruction counts."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, function = wanted.kernel.split(":")
+    kernel = getattr(importlib.import_module(f"megalodon_kernels.{module}.kernel"), function)
+    signature = {name: wanted.types.get(name, "constexpr") for name in kernel.arg_names}
+    missing = set(wanted.types) - set(kernel.arg_names)
+    assert not missing, f"{wanted.name}: {kernel.__name__} has no argument {missing}"
+    constants = {
+        (i,): wanted.constants.get(name) for i, name in enumerate(kernel.arg_names) if name not in wanted.types
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if wanted.types.get(name, "").startswith(("*", "i"))
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": wanted.warps, "num_stages": wanted.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(binary))
+        code = _tool("nvdisasm", "-c", str(binary))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code, re.MULTILINE)
+    return {
+        "name": wanted.name,
+        "uses_tensor_cores": wanted.uses_tensor_cores,
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "spills": sum(op in ("LDL", "STL") for op in instructions),
+        "shared": compiled.metadata.shared,
+        "instructions": len(instructions),
+        "tensor_core": sum(op in ("HGMMA", "HMMA", "WGMMA") for op in instructions),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    for op in sys.argv[1:]:
+        for wanted in production(op):
+            sys.stdout.write(json.dumps(measure(wanted)) + "\n")
+            sys.stdout.flush()
