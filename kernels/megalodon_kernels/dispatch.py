@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
@@ -21,7 +20,7 @@ LEAST_CAPABILITY = (8, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton, which reads this variable when a kernel is defined, runs kernels by its interpreter on a CPU."""
 
-_instead_of_auto: ContextVar[Backend] = ContextVar("instead_of_auto", default="auto")
+_instead_of_auto: Backend = "auto"  # a plain global: torch.compile cannot read a ContextVar
 _reported: set[tuple[str, str]] = set()
 _log = logging.getLogger("megalodon_kernels")
 
@@ -49,7 +48,7 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, unfi
     if backend not in get_args(Backend):
         raise KernelError(f"{op}: backend is {backend!r}; expected one of {', '.join(get_args(Backend))}")
     if backend == "auto":
-        backend = _instead_of_auto.get()
+        backend = _instead_of_auto
     if backend == "auto":
         chosen = "triton" if _obstacle(device, dtype, unfit) is None and device.type == "cuda" else "portable"
         _report(op, chosen, device)
@@ -82,11 +81,12 @@ def _report(op: str, chosen: str, device: torch.device) -> None:
 @contextlib.contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
     """Inside, `auto` means `backend`: how a test runs a whole model on one implementation."""
-    token = _instead_of_auto.set(backend)
+    global _instead_of_auto
+    before, _instead_of_auto = _instead_of_auto, backend
     try:
         yield
     finally:
-        _instead_of_auto.reset(token)
+        _instead_of_auto = before
 
 
 def check_shapes(op: str, known: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, silu
 
 from megalodon.model.layers import Float32Module, LayerNorm, Linear
+from megalodon_kernels import Backend
 
 
 class FeedForward(Float32Module):
@@ -28,10 +29,11 @@ class FeedForward(Float32Module):
         affine: bool,
         dropout: float,
         hidden_dropout: float,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.dropout, self.hidden_dropout = dropout, hidden_dropout
-        self.norm = LayerNorm(model_dim, eps, affine)
+        self.norm = LayerNorm(model_dim, eps, affine, backend)
         self.fc1 = Linear(model_dim, hidden_dim, bias=False)
         self.fc3 = Linear(model_dim, hidden_dim, bias=False) if swiglu else None
         self.fc2 = Linear(hidden_dim, model_dim, bias=False)

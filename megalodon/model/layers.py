@@ -8,7 +8,9 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, layer_norm, linear, rms_norm
+from torch.nn.functional import embedding, linear
+
+from megalodon_kernels import Backend, layer_norm, rms_norm
 
 
 class Float32Module(nn.Module):
@@ -42,34 +44,30 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(Float32Module):
-    """x / sqrt(mean(x²) + eps) · (1 + weight), over the last axis, in float32 or better."""
+    """x / sqrt(mean(x²) + eps) · (1 + weight), over the last axis; see `megalodon_kernels.rms_norm`."""
 
-    def __init__(self, dim: int, eps: float, affine: bool) -> None:
+    def __init__(self, dim: int, eps: float, affine: bool, backend: Backend = "auto") -> None:
         super().__init__()
-        self.dim, self.eps = dim, eps
+        self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.empty(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = None if self.weight is None else 1 + self.weight
-        return rms_norm(wide, (self.dim,), scale, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, eps=self.eps, backend=self.backend)
 
 
 class LayerNorm(Float32Module):
-    """(x - mean) / sqrt(var + eps) · (1 + weight) + bias, over the last axis, in float32 or better."""
+    """(x - mean) / sqrt(var + eps) · (1 + weight) + bias, over the last axis; see `megalodon_kernels.layer_norm`."""
 
-    def __init__(self, dim: int, eps: float, affine: bool) -> None:
+    def __init__(self, dim: int, eps: float, affine: bool, backend: Backend = "auto") -> None:
         super().__init__()
-        self.dim, self.eps = dim, eps
+        self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.empty(dim)) if affine else None
         self.bias = nn.Parameter(torch.empty(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = None if self.weight is None else 1 + self.weight
-        return layer_norm(wide, (self.dim,), scale, self.bias, self.eps).to(x.dtype)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, backend=self.backend)
 
 
 class Linear(nn.Module):

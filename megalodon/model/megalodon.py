@@ -143,7 +143,7 @@ class Mega(Float32Module):
         self.dropout, self.hidden_dropout = config.dropout, config.hidden_dropout
         self.timenorm = TimestepNorm(D, config.norm_num_groups, config.norm_eps, backend)
         self.cema = Cema(D, config.cema_ndim, backend)
-        self.rmsnorm = RMSNorm(D, config.norm_eps, config.norm_affine)
+        self.rmsnorm = RMSNorm(D, config.norm_eps, config.norm_affine, backend)
         self.wv = Linear(D, V, bias=True)
         self.wz = Linear(D, Z, bias=True)
         self.wr = Linear(D, V, bias=True)
@@ -192,6 +192,7 @@ class Block(nn.Module):
             affine=config.norm_affine,
             dropout=config.dropout,
             hidden_dropout=config.hidden_dropout,
+            backend=backend,
         )
 
     def forward(self, x: Tensor, place: Place, state: LayerState | None) -> tuple[Tensor, LayerState]:
