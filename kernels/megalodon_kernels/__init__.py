@@ -4,6 +4,7 @@ from megalodon_kernels.cema import cema
 from megalodon_kernels.chunk_attention import chunk_attention
 from megalodon_kernels.dispatch import Backend, KernelError, use_backend
 from megalodon_kernels.norm import layer_norm, rms_norm
+from megalodon_kernels.swiglu import swiglu
 from megalodon_kernels.timestep_norm import timestep_norm
 from megalodon_kernels.timestep_norm.statistics import Statistics, no_statistics
 
@@ -16,6 +17,7 @@ __all__ = [
     "layer_norm",
     "no_statistics",
     "rms_norm",
+    "swiglu",
     "timestep_norm",
     "use_backend",
 ]

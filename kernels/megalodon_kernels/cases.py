@@ -93,5 +93,10 @@ def _layer_norm(length: int, dtype: torch.dtype, draw: torch.Generator) -> Input
     return inputs | {"bias": 0.1 * torch.randn(inputs["weight"].shape, generator=draw, dtype=dtype)}
 
 
-TOKENWISE = {"rms_norm": _rms_norm, "layer_norm": _layer_norm}
+def _swiglu(length: int, dtype: torch.dtype, draw: torch.Generator) -> Inputs:
+    B, F = 2, 19
+    return {name: 3 * torch.randn(B, length, F, generator=draw, dtype=dtype) for name in ("a", "b")}
+
+
+TOKENWISE = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "swiglu": _swiglu}
 """Ops that treat every token by itself: no state, no document starts."""

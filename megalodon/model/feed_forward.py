@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, silu
+from torch.nn.functional import dropout
 
 from megalodon.model.layers import Float32Module, LayerNorm, Linear
-from megalodon_kernels import Backend
+from megalodon_kernels import Backend, swiglu
 
 
 class FeedForward(Float32Module):
@@ -32,7 +32,7 @@ class FeedForward(Float32Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.dropout, self.hidden_dropout = dropout, hidden_dropout
+        self.dropout, self.hidden_dropout, self.backend = dropout, hidden_dropout, backend
         self.norm = LayerNorm(model_dim, eps, affine, backend)
         self.fc1 = Linear(model_dim, hidden_dim, bias=False)
         self.fc3 = Linear(model_dim, hidden_dim, bias=False) if swiglu else None
@@ -42,9 +42,8 @@ class FeedForward(Float32Module):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Output of the attention half (B, L, D), input of the block (B, L, D) -> (B, L, D)."""
         f = self.norm(y)
-        hidden = silu(self.fc1(f))
-        if self.fc3 is not None:
-            hidden = hidden * self.fc3(f)
+        gate = None if self.fc3 is None else self.fc3(f)
+        hidden = swiglu(self.fc1(f), gate, backend=self.backend)
         hidden = dropout(hidden, self.hidden_dropout, self.training)
         out = dropout(self.fc2(hidden), self.dropout, self.training)
         if self.alpha is not None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import dropout, rms_norm, silu
+from torch.nn.functional import dropout, rms_norm
 
 from megalodon.config import Config
 from megalodon.model.attention import ChunkAttention, Place, Rotary, document_positions
@@ -21,7 +21,7 @@ from megalodon.model.feed_forward import FeedForward
 from megalodon.model.layers import Embedding, Float32Module, Linear, RMSNorm
 from megalodon.model.state import LayerState, State
 from megalodon.model.timestep_norm import TimestepNorm
-from megalodon_kernels import Backend
+from megalodon_kernels import Backend, swiglu
 
 
 class ModelConfig(Config):
@@ -139,7 +139,7 @@ class Mega(Float32Module):
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
         D, Z, V = config.model_dim, config.z_dim, config.value_dim
-        self.num_heads, self.eps = config.num_heads, config.norm_eps
+        self.num_heads, self.eps, self.backend = config.num_heads, config.norm_eps, backend
         self.dropout, self.hidden_dropout = config.dropout, config.hidden_dropout
         self.timenorm = TimestepNorm(D, config.norm_num_groups, config.norm_eps, backend)
         self.cema = Cema(D, config.cema_ndim, backend)
@@ -159,9 +159,9 @@ class Mega(Float32Module):
         ema, h = self.cema(u, state and state.cema, place.starts)
         m = dropout(self.rmsnorm(ema), self.hidden_dropout, self.training)
         q, k = self.queries_and_keys(m)
-        v = silu(self.wv(u)).unflatten(-1, (self.num_heads, -1))
+        v = swiglu(self.wv(u), backend=self.backend).unflatten(-1, (self.num_heads, -1))
         attended, open_k, open_v = self.attention(q, k, v, place, state and (state.k, state.v))
-        gated = dropout(attended * silu(self.wr(m)), self.hidden_dropout, self.training)
+        gated = dropout(swiglu(self.wr(m), attended, backend=self.backend), self.hidden_dropout, self.training)
         y = dropout(self.wh1(m) + self.wh2(gated), self.dropout, self.training)
         return y.to(x.dtype) + x, LayerState(open_k, open_v, norm, h)
 

@@ -51,7 +51,19 @@ def _norm() -> list[Production]:
     ]
 
 
-PRODUCTION = {"norm": _norm}
+def _swiglu() -> list[Production]:
+    import triton.language as tl
+
+    common = {"BLOCK": 1024, "WIDE": tl.float32}
+    forward = {"a_ptr": BF16, "b_ptr": BF16, "y_ptr": BF16, "size": INT}
+    backward = {"dy_ptr": BF16, "a_ptr": BF16, "b_ptr": BF16, "da_ptr": BF16, "db_ptr": BF16, "size": INT}
+    return [
+        Production("swiglu forward", "swiglu:_forward", forward, common),
+        Production("swiglu backward", "swiglu:_backward", backward, common),
+    ]
+
+
+PRODUCTION = {"norm": _norm, "swiglu": _swiglu}
 
 
 def measure(wanted: Production) -> dict[str, Any]:

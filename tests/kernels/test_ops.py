@@ -1,5 +1,6 @@
 """What holds for every op: portable = reference in every output and gradient, gradcheck, documents kept apart."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ FAST = {
     "chunk_attention": ("portable",),
     "rms_norm": ("portable", "triton"),
     "layer_norm": ("portable", "triton"),
+    "swiglu": ("portable", "triton"),
 }
 """Op -> the implementations that must agree with its reference."""
 CASES = [(op, backend, name) for op, backends in FAST.items() for backend in backends for name, _ in cases(op)]
@@ -30,11 +32,14 @@ def case(op: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
     return dict(cases(op, dtype))[name]
 
 
-def run(op: str, inputs: dict[str, Any], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+def run(
+    op: str, inputs: dict[str, Any], backend: str, function: Callable[..., Any] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, and the gradients of every float input for a random cotangent of every float output."""
+    function = function or getattr(megalodon_kernels, op)
     leaves, tree = tree_flatten(inputs)
     leaves = [x.clone().requires_grad_() if is_float(x) else x for x in leaves]
-    outputs = tree_flatten(getattr(megalodon_kernels, op)(**tree_unflatten(leaves, tree), backend=backend))[0]
+    outputs = tree_flatten(function(**tree_unflatten(leaves, tree), backend=backend))[0]
     draw = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(y.shape, generator=draw, dtype=torch.float64) for y in outputs if is_float(y)]
     total = sum((y * dy).sum() for y, dy in zip(filter(is_float, outputs), cotangents, strict=True))
@@ -150,7 +155,7 @@ def test_chunks_of_several_blocks(dtype: torch.dtype) -> None:
 def test_bfloat16_is_the_reference_rounded(op: str, backend: str) -> None:
     """bf16 inputs; statistics, states and sums in float32 or better: a few roundings of the reference on them."""
     inputs = case(op, "L150-state-starts" if op in OPS else "L150", torch.float32)
-    for name in {"x", "q", "k", "v", "open_k", "open_v"} & inputs.keys():
+    for name in {"x", "q", "k", "v", "open_k", "open_v", "a", "b"} & inputs.keys():
         inputs[name] = inputs[name].bfloat16()
     (expected, expected_gradients), (actual, gradients) = (run(op, inputs, b) for b in ("reference", backend))
     for a, e in zip(actual + gradients, expected + expected_gradients, strict=True):
@@ -171,6 +176,35 @@ def test_no_open_chunk_keeps_no_storage() -> None:
     _, open_k, open_v = megalodon_kernels.chunk_attention(**inputs)
     assert open_k.shape == (3, 0, 2, 4) and open_v.shape == (3, 0, 2, 5)
     assert open_k.untyped_storage().nbytes() == open_v.untyped_storage().nbytes() == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
+def test_swiglu_without_a_second_factor_is_silu(backend: Any) -> None:
+    a = case("swiglu", "L37", torch.float64)["a"].requires_grad_()
+    y = megalodon_kernels.swiglu(a, backend=backend)
+    expected = torch.nn.functional.silu(a)
+    assert_close(y, expected, OP[torch.float64])
+    (gradient,) = torch.autograd.grad(y.square().sum(), a)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), a)
+    assert_close(gradient, expected_gradient, OP[torch.float64])
+
+
+def test_swiglu_refuses_two_dtypes() -> None:
+    a = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"swiglu: b is torch\.bfloat16 but a is torch\.float32"):
+        megalodon_kernels.swiglu(a, a.bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself does it
+@pytest.mark.parametrize("op", [op for op, backends in FAST.items() if "triton" in backends])
+def test_kernels_run_inside_one_compiled_graph(op: str) -> None:
+    """torch.compile takes each launcher as one operator: no graph break, the same bits as eager, gradients too."""
+    inputs = case(op, "L37-state-starts" if op in OPS else "L37", torch.float32)
+    expected, expected_gradients = run(op, inputs, "triton")
+    compiled = torch.compile(getattr(megalodon_kernels, op), fullgraph=True, backend="aot_eager")
+    actual, gradients = run(op, inputs, "triton", compiled)
+    for a, e in zip(actual + gradients, expected + expected_gradients, strict=True):
+        assert torch.equal(a, e)
 
 
 @pytest.mark.parametrize("op", OPS)
