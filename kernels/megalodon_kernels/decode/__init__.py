@@ -1,0 +1,151 @@
+"""One step of decoding on a state of fixed size, in place: what the ops promise, and which implementation runs.
+
+    step = norm_cema_step(count, mean, var, h, …)      # prepared once for a state and its coefficients
+    normed, ema = step(x)                              # TimestepNorm, then CEMA, of one token a row; the state moves
+
+The streaming forms of `timestep_norm`, `cema` and `chunk_attention` without what a call of any length costs: sizes are
+checked and buffers made once, nothing is concatenated, and a GPU is never asked for a number, so that a step can be
+recorded and replayed. What a step returns is a buffer that its next call overwrites. Not here: the coefficients
+(megalodon/model/cema.py), the step of a whole model (megalodon/model/decoder.py).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megalodon_kernels.decode.portable import attention_step_portable, norm_cema_step_portable, norm_step_portable
+from megalodon_kernels.decode.reference import attention_step_reference, norm_cema_step_reference, norm_step_reference
+from megalodon_kernels.dispatch import Backend, check_shapes, choose
+
+NORM = {"reference": norm_step_reference, "portable": norm_step_portable}
+NORM_CEMA = {"reference": norm_cema_step_reference, "portable": norm_cema_step_portable}
+ATTENTION = {"reference": attention_step_reference, "portable": attention_step_portable}
+
+NormStep = Callable[[Tensor], Tensor]
+"""x (B, D) -> (B, D)."""
+NormCemaStep = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x (B, D) -> normed (B, D), the input of the values, and ema (B, D)."""
+AttentionStep = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+"""q, k (B, H, Z), v (B, H, V), longest -> (B, H, V)."""
+
+
+def norm_step(
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    *,
+    eps: float = 1e-5,
+    backend: Backend = "auto",
+) -> NormStep:
+    """Prepare to normalise one token a row by statistics that include it; each call moves the statistics.
+
+        n += 1;  d = m - mean;  mean += d/n;  var += (s - var)/n + d²(n - 1)/n²
+        y = (x - mean) / sqrt(var + eps) ⊙ scale + bias
+
+    m and s are the mean and the variance of a group's features. Megalodon, arXiv 2404.08801, section 3.2.
+
+    Args:
+        count: (B,) int64: tokens so far.
+        mean:  (B, G) float64, or float32 where a device has no better; contiguous, like var.
+        var:   (B, G) likewise. Where count is 0 both must be finite, and carry no weight.
+        scale: (D,) in the dtype of mean: one plus the stored weight.
+        bias:  (D,) in the dtype of mean.
+        dtype: of x and y: float32 or bfloat16 (or float64).
+    Raises:
+        ValueError: two sizes disagree; the message shows both.
+        KernelError: `backend` is not there.
+    """
+    _check_norm("norm_step", count, mean, var, scale, bias)
+    return choose("norm_step", backend, NORM)(count, mean, var, scale, bias, eps, dtype)
+
+
+def norm_cema_step(
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    h: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    dtype: torch.dtype,
+    *,
+    eps: float = 1e-5,
+    backend: Backend = "auto",
+) -> NormCemaStep:
+    """Prepare TimestepNorm and CEMA of one token a row; each call moves both states.
+
+        u = norm_step(x);   h ← q ⊙ h + p ⊙ u;   ema = Re Σ_n gamma_n h_n + omega ⊙ u
+
+    Megalodon, arXiv 2404.08801, eqs. 2 and 3. Here q itself is given, not its logarithm: no powers of it are taken.
+
+    Args:
+        count, mean, var, scale, bias, dtype: as in `norm_step`.
+        h:     (B, D, N, 2) float64, or float32 where a device has no better: the averages as (real, imaginary).
+        p:     (D, N) in the dtype of h: weight of the input.
+        q:     (D, N, 2) in the dtype of h: exp(log_decay + i angle).
+        gamma: (D, N, 2) in the dtype of h: weights of the sum.
+        omega: (D,) in the dtype of h: weight of the skip path.
+    Raises:
+        ValueError: two sizes disagree; the message shows both.
+        KernelError: `backend` is not there.
+    """
+    _check_norm("norm_cema_step", count, mean, var, scale, bias)
+    B, (D, N) = len(count), p.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "h": (h, (B, D, N, 2)),
+        "q": (q, (D, N, 2)),
+        "gamma": (gamma, (D, N, 2)),
+        "omega": (omega, (D,)),
+        "scale": (scale, (D,)),
+    }
+    check_shapes("norm_cema_step", f"p is {tuple(p.shape)} with {B} rows", expected)
+    run = choose("norm_cema_step", backend, NORM_CEMA)
+    return run(count, mean, var, h, scale, bias, p, q, gamma, omega, eps, dtype)
+
+
+def attention_step(k_cache: Tensor, v_cache: Tensor, slot: Tensor, *, backend: Backend = "auto") -> AttentionStep:
+    """Prepare to put one key and value a row into its open chunk and to attend to that chunk, the new token included.
+
+        cache[slot] = k, v;   y = Σ_j softmax_j(q · k_j) v_j   over j ≤ slot
+
+    At slot 0 a chunk begins: what the cache holds of the one before lies behind the slot, and is never used.
+    No further scale on the scores. Megalodon, arXiv 2404.08801, section 3.3.
+
+    Args:
+        k_cache: (B, H, C, Z) float32, bfloat16 or float64, contiguous: rotated keys of the open chunks; moved.
+        v_cache: (B, H, C, V) in the same dtype, contiguous; moved. All finite: a weight of 0 does not stop NaN.
+        slot:    (B,) int64: position in the document mod C of the token to come; the caller moves it on.
+    Called with:
+        q, k:    (B, H, Z) in the dtype of the cache: rotated query and key of each row; v: (B, H, V): its value.
+        longest: the largest slot plus one, so that no more keys are read than there are; None means that the host
+                 does not know it, and all places are read.
+    Raises:
+        ValueError: two sizes disagree; the message shows both.
+        KernelError: `backend` is not there.
+    """
+    B, H, C, _ = k_cache.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "v_cache": (v_cache, (B, H, C, v_cache.shape[-1])),
+        "slot": (slot, (B,)),
+    }
+    check_shapes("attention_step", f"k_cache is {tuple(k_cache.shape)}", expected)
+    return choose("attention_step", backend, ATTENTION)(k_cache, v_cache, slot)
+
+
+def _check_norm(op: str, count: Tensor, mean: Tensor, var: Tensor, scale: Tensor, bias: Tensor) -> None:
+    (B, G), D = mean.shape, len(scale)
+    if D % G:
+        raise ValueError(f"{op}: mean has {G} groups; expected a divisor of D = {D}")
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "count": (count, (B,)),
+        "var": (var, (B, G)),
+        "bias": (bias, (D,)),
+    }
+    check_shapes(op, f"mean is {tuple(mean.shape)} and scale {tuple(scale.shape)}", expected)

@@ -1,0 +1,99 @@
+"""The step of decoding in as few PyTorch calls as it takes: the CPU path, and any device without Triton.
+
+With one token, the count of calls is the time: each costs one or two microseconds, its arithmetic less. So buffers and
+views are made when a step is prepared. States are float64 on a CPU, so that millions of steps do not add up their
+roundings, and so is the arithmetic between them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def norm_step_portable(
+    count: Tensor, mean: Tensor, var: Tensor, scale: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """See `megalodon_kernels.decode.norm_step`."""
+    (B, G), D = mean.shape, len(scale)
+    wide = mean.new_empty(B, D)
+    groups, channels = wide.view(B, G, -1), wide.view(1, B * G, -1)
+    channel_mean, channel_var = mean.view(-1), var.view(-1)
+    rate, step, left = mean.new_empty(B, 1), torch.empty_like(mean), torch.empty_like(mean)
+    counter, y = count[:, None], torch.empty(B, D, dtype=dtype, device=mean.device)
+
+    def run(x: Tensor) -> Tensor:
+        wide.copy_(x)
+        s, m = torch.var_mean(groups, -1, correction=0)
+        rate.copy_(counter.add_(1)).reciprocal_()
+        # The step of the mean times what is left of the way to m is d²(n - 1)/n², and 0 at the first token.
+        torch.sub(m, mean, out=step).mul_(rate)
+        mean.add_(step)
+        var.lerp_(s, rate).addcmul_(step, torch.sub(m, mean, out=left))
+        # Groups as the channels of a batch norm with given statistics: one call instead of six.
+        normed = torch.batch_norm(channels, None, None, channel_mean, channel_var, False, 0.0, eps, False)
+        return y.copy_(torch.addcmul(bias, normed.view(B, D), scale, out=wide))
+
+    return run
+
+
+def norm_cema_step_portable(
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    h: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """See `megalodon_kernels.decode.norm_cema_step`."""
+    norm = norm_step_portable(count, mean, var, scale, bias, eps, dtype)
+    states, rotate, weight = (torch.view_as_complex(x) for x in (h, q, gamma))
+    real, weighted, read = h[..., 0], torch.empty_like(states), torch.empty_like(states[..., 0])
+    wide, read_real = h.new_empty(h.shape[:2]), torch.view_as_real(read)[..., 0]
+    column, ema = wide[..., None], torch.empty(wide.shape, dtype=dtype, device=h.device)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        u = norm(x)
+        wide.copy_(u)
+        states.mul_(rotate)
+        real.addcmul_(p, column)
+        torch.sum(torch.mul(states, weight, out=weighted), -1, out=read)
+        return u, ema.copy_(wide.mul_(omega).add_(read_real))
+
+    return run
+
+
+def attention_step_portable(
+    k_cache: Tensor, v_cache: Tensor, slot: Tensor
+) -> Callable[[Tensor, Tensor, Tensor, int | None], Tensor]:
+    """See `megalodon_kernels.decode.attention_step`."""
+    B, H, C, _ = k_cache.shape
+    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # (B·H, C, ·)
+    key_places, value_places = keys.flatten(0, 1), values.flatten(0, 1)
+    first, time = torch.arange(B * H, device=slot.device).mul_(C), torch.arange(C, device=slot.device)
+    wide = torch.promote_types(k_cache.dtype, torch.float32)
+    # The values are most of what is read: a single head is cut in two, for two threads.
+    parts = 2 if B * H == 1 and v_cache.shape[-1] % 2 == 0 and torch.get_num_threads() > 1 else 1
+    pieces = values.unflatten(-1, (parts, -1)).permute(0, 2, 1, 3).flatten(0, 1)  # (B·H·parts, C, V/parts)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, longest: int | None) -> Tensor:
+        place = slot if B * H == 1 else first + slot.repeat_interleave(H)
+        key_places.index_copy_(0, place, k.reshape(B * H, -1))
+        value_places.index_copy_(0, place, v.reshape(B * H, -1))
+        seen = longest or C
+        scores = torch.bmm(q.reshape(B * H, 1, -1).to(wide), keys[:, :seen].to(wide).mT)
+        if B > 1 or longest is None:
+            later = time[:seen] > slot[:, None]
+            scores.view(B, H, seen).masked_fill_(later[:, None], float("-inf"))
+        weights = scores.softmax(-1).to(v.dtype)
+        if parts > 1:
+            weights = weights.expand(parts, 1, seen)
+        return torch.bmm(weights, pieces[:, :seen]).view(B, H, -1)
+
+    return run

@@ -1,0 +1,282 @@
+"""Decoding: the step of a whole model, one token a row, on a state of fixed size that moves in place.
+
+    decoder = Decoder(model, state)
+    logits = decoder.step(tokens)             # (B,) ids -> (B, num_outputs)
+    state = decoder.state()                   # an ordinary state, to keep, save or continue from
+
+The same function as `Megalodon.forward` with L = 1, formed so that a token costs little more than reading the weights:
+what depends on the parameters alone is formed once, the keys and values of a chunk have their place from the start,
+and a GPU is never asked for a number. Not here: the state updates (megalodon_kernels.decode), choosing tokens
+(megalodon.inference).
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import NamedTuple, Self, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, layer_norm, silu
+
+from megalodon.model.megalodon import Block, Megalodon
+from megalodon.model.row_product import row_product
+from megalodon.model.state import LayerState, State
+from megalodon.model.timestep_norm import TimestepNorm
+from megalodon_kernels import Statistics
+from megalodon_kernels.decode import attention_step, norm_cema_step, norm_step
+
+PACK_LIMIT = 1 << 32
+"""Bytes of parameters up to which a CPU copies the matrices into faster layouts."""
+
+
+class Decoder:
+    """A model, and a state of B rows that each step moves on by one token a row.
+
+    The state is the decoder's own: those passed in and given back are values that no later step touches.
+
+    Args:
+        model: runs as in evaluation, without dropout. If its parameters change, the next step uses the new ones.
+        state: to continue from; None means one row that has read nothing.
+    """
+
+    def __init__(self, model: Megalodon, state: State | None = None) -> None:
+        self.model = model
+        self._constants = _Constants(model)
+        self.load(model.empty_state(1) if state is None else state)
+
+    def load(self, state: State) -> None:
+        """Go on from another state, of any number of rows."""
+        C, wide, dtype = self.model.config.chunk_size, self._constants.wide, self.model.output_weight.dtype
+
+        def cache(opened: Tensor) -> Tensor:
+            B, P, H, width = opened.shape
+            places = torch.zeros(B, H, C, width, dtype=dtype, device=opened.device)
+            places[:, :, :P] = opened.transpose(1, 2)
+            return places
+
+        with torch.inference_mode():
+            self._position = state.position.clone()
+            self._layers = [
+                _Layer(cache(layer.k), cache(layer.v), _own(layer.norm, wide), layer.cema.to(wide, copy=True))
+                for layer in state.layers
+            ]
+            self._norm = _own(state.norm, wide)
+            self._prepare()
+
+    def branch(self) -> Self:
+        """A second decoder at the same place, of the same model; neither moves the other."""
+        twin = object.__new__(type(self))
+        twin.model, twin._constants = self.model, self._constants
+        with torch.inference_mode():
+            twin._position, twin._norm = self._position.clone(), _cloned(self._norm)
+            twin._layers = [_Layer(x.k.clone(), x.v.clone(), _cloned(x.norm), x.h.clone()) for x in self._layers]
+            twin._prepare()
+        return twin
+
+    def state(self) -> State:
+        """What was read so far, as a value."""
+        slots = (self._position % self.model.config.chunk_size)[:, None]
+        longest = int(slots.max())
+        unused = (torch.arange(longest, device=slots.device) >= slots)[..., None, None]
+
+        def open_chunk(cache: Tensor) -> Tensor:
+            # Once a cache has been filled, what lies behind a row's slot is left from the chunk before.
+            return cache[:, :, :longest].transpose(1, 2).masked_fill(unused, 0).contiguous()
+
+        layers = [LayerState(open_chunk(x.k), open_chunk(x.v), _cloned(x.norm), x.h.clone()) for x in self._layers]
+        return State(self._position.clone(), tuple(layers), _cloned(self._norm))
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token of each row.
+
+        Args:
+            tokens: (B,) int64 ids below vocab_size.
+        Returns:
+            (B, num_outputs): logits of the next token, float32 (float64 in a float64 model).
+        """
+        if not self._constants.fresh():
+            self._constants = _Constants(self.model)
+            self._prepare()
+        self._tokens.copy_(tokens)
+        if self._tokens.is_cpu:
+            # Only the keys that are there are read. On a GPU the question would cost more than the keys.
+            return self._forward(int(self._position.remainder(self.model.config.chunk_size).max()) + 1).clone()
+        return self._replay().clone()
+
+    def _prepare(self) -> None:
+        """Make what a step needs besides the state: its parts with their buffers."""
+        c, B = self._constants, len(self._position)
+        self._tokens, self._slot = torch.zeros_like(self._position), torch.zeros_like(self._position)
+        self._blocks = [_block_step(*pair, self._slot) for pair in zip(c.blocks, self._layers, strict=True)]
+        dtype = self.model.output_weight.dtype
+        self._final_norm = norm_step(*self._norm, c.norm.scale, c.norm.bias, dtype, eps=c.norm.eps)
+        self._output = c.output.prepare(B)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def _forward(self, longest: int | None) -> Tensor:
+        """The step itself: from `_tokens` to logits, a buffer; every state moves on."""
+        C = self.model.config.chunk_size
+        torch.remainder(self._position, C, out=self._slot)
+        turn = self.model.rope(self._slot[:, None], C)
+        x = embedding(self._tokens, self._constants.embed)
+        if self.model.config.scale_emb:
+            x = x * math.sqrt(self.model.config.model_dim)
+        for step in self._blocks:
+            x = step(x, turn, longest)
+        logits = self._output(self._final_norm(x))
+        self._position.add_(1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _replay(self) -> Tensor:
+        """The step on a GPU, where a launch costs more than its work: recorded as a graph, all of them cost one.
+
+        The first step runs as it is, which compiles the kernels; the second is recorded; from there on it is replayed.
+        """
+        if self._logits is None:
+            self._logits = self._forward(None)
+            return self._logits
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self._forward(None)
+        self._graph.replay()
+        return self._logits
+
+
+class _Layer(NamedTuple):
+    """The state of one block, all of it moved in place.
+
+    Shapes:
+        k:    (B, H, C, Z/H): rotated keys of the open chunk; v: (B, H, C, V/H): its values.
+        norm: Statistics of the block's TimestepNorm.
+        h:    (B, D, N, 2): the complex averages.
+    """
+
+    k: Tensor
+    v: Tensor
+    norm: Statistics
+    h: Tensor
+
+
+def _own(norm: Statistics, dtype: torch.dtype) -> Statistics:
+    """A copy to move in place. Before the first token mean and variance carry no weight, whatever they hold."""
+    empty = (norm.count == 0)[:, None]
+    mean = norm.mean.to(dtype).masked_fill(empty, 0).contiguous()
+    var = norm.var.to(dtype).masked_fill(empty, 1).contiguous()
+    return Statistics(norm.count.clone(memory_format=torch.contiguous_format), mean, var)
+
+
+def _cloned(norm: Statistics) -> Statistics:
+    return Statistics(*(x.clone() for x in norm))
+
+
+class _Constants:
+    """What a step needs of the parameters, formed once."""
+
+    def __init__(self, model: Megalodon) -> None:
+        # The dictionaries in which the parameters hang: one put in place of another is noticed too.
+        self._owners = [module._parameters for module in model.modules() if module._parameters]
+        self._seen = self._look()
+        # Roundings of millions of steps must not add up in the state: on a CPU float64 costs little.
+        cpu, matrix = model.device.type == "cpu", model.output_weight
+        self.wide = torch.float64 if cpu else torch.promote_types(matrix.dtype, torch.float32)
+        pack = sum(p.numel() * p.element_size() for p in model.parameters()) <= PACK_LIMIT
+        with torch.inference_mode():
+            self.embed = model.embed.weight.detach()
+            self.blocks = [_BlockConstants(cast(Block, block), self.wide, pack) for block in model.layers]
+            self.norm = _NormConstants(model.output.final_norm, self.wide)
+            self.output = row_product(model.output.output, pack=pack)
+
+    def fresh(self) -> bool:
+        """Whether the parameters are still those that this was formed from."""
+        return self._look() == self._seen
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        """Where each parameter lies and how often it was changed; for those made for inference torch does not count."""
+        parameters = [p for owner in self._owners for p in owner.values() if p is not None]
+        counted = [p for p in parameters if not p.is_inference()]
+        return list(map(Tensor.data_ptr, parameters)), list(map(_VERSION, counted))
+
+
+_VERSION = operator.attrgetter("_version")
+
+
+class _NormConstants:
+    """Of a TimestepNorm."""
+
+    def __init__(self, norm: TimestepNorm, wide: torch.dtype) -> None:
+        self.scale, self.bias, self.eps = 1 + norm.weight.to(wide), norm.bias.to(wide), norm.eps
+
+
+class _BlockConstants:
+    """Of a block; see `megalodon.model.megalodon.Block` for what it computes."""
+
+    def __init__(self, block: Block, wide: torch.dtype, pack: bool) -> None:
+        mega, nffn = block.mega, block.nffn
+        self.norm = _NormConstants(mega.timenorm, wide)
+        p, log_decay, angle, gamma = mega.cema.coefficients()
+        q = torch.view_as_real(torch.polar(log_decay.exp(), angle))
+        self.p, self.q, self.gamma, self.omega = (x.to(wide) for x in (p, q, gamma, mega.cema.omega[:, 0]))
+        # x / sqrt(mean(x²) + eps) is √D x / hypot(‖x‖, √(D eps)): two calls instead of five.
+        D, weight = mega.rmsnorm.dim, mega.rmsnorm.weight
+        self.rms_floor = mega.gamma.new_tensor(math.sqrt(D * mega.eps))
+        self.rms_scale = math.sqrt(D) * (mega.gamma.new_ones(D) if weight is None else 1 + weight)
+        # z is divided by its root mean square and by √(Z/H), so by its norm. Row 0 is for queries, row 1 for keys.
+        self.z_scale, self.z_bias = (x.view(2, mega.num_heads, -1) for x in (1 + mega.gamma, mega.beta))
+        self.z_floor = mega.gamma.new_tensor(math.sqrt(self.z_scale.shape[-1] * mega.eps))
+        self.value, self.hidden_2 = row_product(mega.wv, pack=pack), row_product(mega.wh2, pack=pack)
+        from_m = mega.wz, mega.wr, mega.wh1
+        self.from_m, self.widths = row_product(*from_m, pack=pack), [len(x.weight) for x in from_m]
+        weight, bias = nffn.norm.weight, nffn.norm.bias
+        self.layer_norm = (D,), None if weight is None else 1 + weight, bias, nffn.norm.eps
+        first = [nffn.fc1] if nffn.fc3 is None else [nffn.fc1, nffn.fc3]
+        self.swiglu, self.first, self.second = (
+            nffn.fc3 is not None,
+            row_product(*first, pack=pack),
+            row_product(nffn.fc2, pack=pack),
+        )
+        self.alpha = nffn.alpha
+
+
+BlockStep = Callable[[Tensor, Tensor, int | None], Tensor]
+
+
+def _block_step(c: _BlockConstants, state: _Layer, slot: Tensor) -> BlockStep:
+    """x (B, D), the rotation of this place (B, 1, 1, Z/H/2), the most keys any row sees -> (B, D)."""
+    (B, H, _, dz), dtype, wide = state.k.shape, state.k.dtype, c.z_scale.dtype
+    cema = c.p, c.q, c.gamma, c.omega
+    norm_cema = norm_cema_step(*state.norm, state.h, c.norm.scale, c.norm.bias, *cema, dtype, eps=c.norm.eps)
+    attend = attention_step(state.k, state.v, slot)
+    from_m, value, hidden_2, first, second = (x.prepare(B) for x in (c.from_m, c.value, c.hidden_2, c.first, c.second))
+    qk = c.z_scale.new_empty(B, 2, H, dz)
+    pairs = torch.view_as_complex(qk.view(B, 2, H, -1, 2))
+    rms_floor, rms_scale, z_floor, z_scale, z_bias = c.rms_floor, c.rms_scale, c.z_floor, c.z_scale, c.z_bias
+    layer_norm_of, swiglu, alpha = c.layer_norm, c.swiglu, c.alpha
+    length = torch.linalg.vector_norm
+
+    def step(x: Tensor, turn: Tensor, longest: int | None) -> Tensor:
+        u, ema = norm_cema(x)
+        ema = ema.to(wide)
+        m = ema.div(torch.hypot(length(ema, dim=-1, keepdim=True), rms_floor)).mul_(rms_scale).to(dtype)
+        z, r, y = from_m(m).split(c.widths, -1)
+        z = z.reshape(B, 1, H, dz).to(wide)
+        torch.addcmul(z_bias, z / torch.hypot(length(z, dim=-1, keepdim=True), z_floor), z_scale, out=qk)
+        pairs.mul_(turn)
+        q, k = qk.to(dtype).unbind(1)
+        attended = attend(q, k, silu(value(u)).view(B, H, -1), longest)
+        y = hidden_2(silu(r).mul_(attended.view(B, -1))).add_(y).add_(x)
+        hidden = first(layer_norm(y.to(wide), *layer_norm_of).to(dtype))
+        if swiglu:
+            gate, hidden = hidden.chunk(2, -1)
+            hidden = silu(gate).mul_(hidden)
+        else:
+            hidden = silu(hidden)
+        out = second(hidden)
+        if alpha is not None:
+            out = (alpha * out).to(dtype)
+        return out.add_(x)
+
+    return step
