@@ -24,6 +24,7 @@ from megalodon.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon.errors import CheckpointError, InputError
 from megalodon.inference.sampling import SamplingConfig, allowed_ids, sample
 from megalodon.inference.stream import TokenStream
+from megalodon.model.decoder import Decoder
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
 
@@ -47,14 +48,25 @@ class Session:
         if piece < 1:
             raise InputError(f"session: piece is {piece}; expected at least 1 token")
         self.model = model
-        self.state = model.empty_state(1) if state is None else state
         self.piece = piece
+        self._state: State | None = model.empty_state(1) if state is None else state  # None while the decoder has it
+        self._decoder: Decoder | None = None  # at this place only while `_decoding`; else kept for what it has formed
+        self._decoding = False
+        self._read = int(self.state.position)
         self._logits: Tensor | None = None
+
+    @property
+    def state(self) -> State:
+        """What was read so far, as a value."""
+        if self._state is None:
+            assert self._decoder is not None
+            self._state = self._decoder.state()
+        return self._state
 
     @property
     def position(self) -> int:
         """Tokens read so far."""
-        return int(self.state.position)
+        return self._read
 
     @property
     def logits(self) -> Tensor:
@@ -73,14 +85,11 @@ class Session:
             ValueError: an id is outside the vocabulary.
         """
         rest = iter(ids)
-        state, hidden, read = self.state, None, self.position
-        vocab_size = self.model.config.vocab_size
+        state, hidden, read = self.state, None, self._read
         with torch.inference_mode(), evaluating(self.model):
             # Pieces end at multiples of `piece`, so that chunks stay whole wherever reading began.
             while piece := list(islice(rest, self.piece - read % self.piece)):
-                bad = next((token for token in piece if not 0 <= token < vocab_size), None)
-                if bad is not None:
-                    raise ValueError(f"session: token id {bad} is outside the vocabulary 0 … {vocab_size - 1}")
+                self._check(piece)
                 tokens = torch.tensor(piece, device=self.model.device)[None]
                 hidden, state = self.model.hidden(tokens, state)
                 read += len(piece)
@@ -88,18 +97,36 @@ class Session:
                 raise InputError("session: zero tokens to read; expected at least 1 (with BOS that is one)")
             logits = linear(hidden[0, -1], self.model.output_weight)
             self._logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        self.state = state
+        self._state, self._read, self._decoding = state, read, False
         return self._logits
 
     def step(self, token: int) -> Tensor:
-        """Read one token and return the logits after it: (V,)."""
-        return self.feed((token,))
+        """Read one token and return the logits after it: (V,).
+
+        The same as feeding it, by a decoder that keeps its state in place: the way to read tokens one by one.
+
+        Raises: ValueError if the id is outside the vocabulary.
+        """
+        self._check((token,))
+        if not self._decoding:
+            self._decoder = Decoder(self.model, self.state) if self._decoder is None else self._decoder.at(self.state)
+            self._decoding = True
+        assert self._decoder is not None
+        self._logits = self._decoder.step(torch.tensor([token], device=self.model.device))[0]
+        self._state, self._read = None, self._read + 1
+        return self._logits
 
     def branch(self) -> "Session":
         """A second session that continues from the same place; neither moves the other."""
         twin = Session(self.model, self.state, self.piece)
-        twin._logits = self._logits
+        twin._logits, twin._decoder = self._logits, self._decoder
         return twin
+
+    def _check(self, ids: Iterable[int]) -> None:
+        vocab_size = self.model.config.vocab_size
+        bad = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"session: token id {bad} is outside the vocabulary 0 … {vocab_size - 1}")
 
 
 @contextlib.contextmanager

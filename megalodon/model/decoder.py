@@ -45,6 +45,13 @@ class Decoder:
         self._constants = _Constants(model)
         self.load(model.empty_state(1) if state is None else state)
 
+    def at(self, state: State) -> Self:
+        """A second decoder of the same model, which shares what was formed of its parameters."""
+        twin = object.__new__(type(self))
+        twin.model, twin._constants = self.model, self._constants
+        twin.load(state)
+        return twin
+
     def load(self, state: State) -> None:
         """Go on from another state, of any number of rows."""
         C, wide, dtype = self.model.config.chunk_size, self._constants.wide, self.model.output_weight.dtype
@@ -56,23 +63,13 @@ class Decoder:
             return places
 
         with torch.inference_mode():
-            self._position = state.position.clone()
+            self._position = state.position.clone(memory_format=torch.contiguous_format)
             self._layers = [
-                _Layer(cache(layer.k), cache(layer.v), _own(layer.norm, wide), layer.cema.to(wide, copy=True))
-                for layer in state.layers
+                _Layer(cache(x.k), cache(x.v), _own(x.norm, wide), x.cema.to(wide, copy=True).contiguous())
+                for x in state.layers
             ]
             self._norm = _own(state.norm, wide)
             self._prepare()
-
-    def branch(self) -> Self:
-        """A second decoder at the same place, of the same model; neither moves the other."""
-        twin = object.__new__(type(self))
-        twin.model, twin._constants = self.model, self._constants
-        with torch.inference_mode():
-            twin._position, twin._norm = self._position.clone(), _cloned(self._norm)
-            twin._layers = [_Layer(x.k.clone(), x.v.clone(), _cloned(x.norm), x.h.clone()) for x in self._layers]
-            twin._prepare()
-        return twin
 
     def state(self) -> State:
         """What was read so far, as a value."""
@@ -221,7 +218,7 @@ class _BlockConstants:
         q = torch.view_as_real(torch.polar(log_decay.exp(), angle))
         self.p, self.q, self.gamma, self.omega = (x.to(wide) for x in (p, q, gamma, mega.cema.omega[:, 0]))
         # x / sqrt(mean(x²) + eps) is √D x / hypot(‖x‖, √(D eps)): two calls instead of five.
-        D, weight = mega.rmsnorm.dim, mega.rmsnorm.weight
+        D, weight = len(self.omega), mega.rmsnorm.weight
         self.rms_floor = mega.gamma.new_tensor(math.sqrt(D * mega.eps))
         self.rms_scale = math.sqrt(D) * (mega.gamma.new_ones(D) if weight is None else 1 + weight)
         # z is divided by its root mean square and by √(Z/H), so by its norm. Row 0 is for queries, row 1 for keys.

@@ -278,3 +278,40 @@ def test_nan_weights_are_reported(model):
         broken.output_weight.fill_(math.nan)
     with pytest.raises(NumericalError, match="highest logit is nan"):
         generate_text(broken, TOKENIZER, "a", 3)
+
+
+def test_a_step_is_a_feed_of_one_token(model):
+    """From every place in a chunk of 16, and read on by either afterwards."""
+    ids = ids_of(40)
+    fed, stepped = Session(model), Session(model)
+    fed.feed(ids[:3])
+    stepped.feed(ids[:3])
+    for token in ids[3:23]:
+        assert close(stepped.step(token), fed.feed((token,)))
+        assert stepped.position == fed.position
+    assert close(stepped.feed(ids[23:39]), fed.feed(ids[23:39]))
+    assert close(stepped.step(ids[39]), fed.feed(ids[39:]))
+
+
+def test_a_branch_of_a_stepping_session_continues_alone(model):
+    session = Session(model)
+    session.feed(ids_of(5))
+    session.step(7)
+    twin = session.branch()
+    for token in ids_of(20, seed=3):
+        session.step(token)
+    assert twin.position == 6
+    straight = Session(model)
+    straight.feed([*ids_of(5), 7])
+    assert close(twin.step(9), straight.feed([9]))
+
+
+def test_a_step_of_a_wrong_id_leaves_the_session_where_it_was(model):
+    session = Session(model)
+    session.feed(ids_of(4))
+    logits = session.step(2)
+    for bad in (-1, CONFIG.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary"):
+            session.step(bad)
+    assert session.position == 5
+    assert torch.equal(session.logits, logits)

@@ -57,10 +57,11 @@ def norm_step(
         dtype: of x and y: float32 or bfloat16 (or float64).
     Raises:
         ValueError: two sizes disagree; the message shows both.
-        KernelError: `backend` is not there.
+        KernelError: `backend` cannot run this.
     """
     _check_norm("norm_step", count, mean, var, scale, bias)
-    return choose("norm_step", backend, NORM)(count, mean, var, scale, bias, eps, dtype)
+    run = NORM[choose("norm_step", backend, mean.device, dtype)]
+    return run(count, mean, var, scale, bias, eps, dtype)
 
 
 def norm_cema_step(
@@ -94,7 +95,7 @@ def norm_cema_step(
         omega: (D,) in the dtype of h: weight of the skip path.
     Raises:
         ValueError: two sizes disagree; the message shows both.
-        KernelError: `backend` is not there.
+        KernelError: `backend` cannot run this.
     """
     _check_norm("norm_cema_step", count, mean, var, scale, bias)
     B, (D, N) = len(count), p.shape
@@ -106,7 +107,7 @@ def norm_cema_step(
         "scale": (scale, (D,)),
     }
     check_shapes("norm_cema_step", f"p is {tuple(p.shape)} with {B} rows", expected)
-    run = choose("norm_cema_step", backend, NORM_CEMA)
+    run = NORM_CEMA[choose("norm_cema_step", backend, h.device, dtype)]
     return run(count, mean, var, h, scale, bias, p, q, gamma, omega, eps, dtype)
 
 
@@ -128,7 +129,7 @@ def attention_step(k_cache: Tensor, v_cache: Tensor, slot: Tensor, *, backend: B
                  does not know it, and all places are read.
     Raises:
         ValueError: two sizes disagree; the message shows both.
-        KernelError: `backend` is not there.
+        KernelError: `backend` cannot run this.
     """
     B, H, C, _ = k_cache.shape
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -136,7 +137,8 @@ def attention_step(k_cache: Tensor, v_cache: Tensor, slot: Tensor, *, backend: B
         "slot": (slot, (B,)),
     }
     check_shapes("attention_step", f"k_cache is {tuple(k_cache.shape)}", expected)
-    return choose("attention_step", backend, ATTENTION)(k_cache, v_cache, slot)
+    run = ATTENTION[choose("attention_step", backend, slot.device, k_cache.dtype)]
+    return run(k_cache, v_cache, slot)
 
 
 def _check_norm(op: str, count: Tensor, mean: Tensor, var: Tensor, scale: Tensor, bias: Tensor) -> None:
