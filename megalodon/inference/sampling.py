@@ -100,12 +100,23 @@ def sample(
     if config.temperature == 0:
         return int(scores.argmax())
     # The best score is subtracted first: at a tiny temperature the others underflow to probability 0, never overflow.
-    order = ((scores - best) / config.temperature).sort(descending=True, stable=True)
-    kept = order.values.softmax(0)[: config.top_k or None]
+    scores, ids = _ranked((scores - best) / config.temperature, config.top_k)
+    kept = scores.softmax(0)
     # top-p is measured among what top-k left; a token stays if those before it have not reached the share yet.
     before = kept.cumsum(0) - kept
     kept = kept[(before < config.top_p * kept.sum()) & (kept >= config.min_p * kept[0]) & (kept > 0)]
     cumulative = kept.cumsum(0)
     draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
     place = int(torch.searchsorted(cumulative, draw, right=True))
-    return int(order.indices[min(place, len(kept) - 1)])
+    return int(ids[min(place, len(kept) - 1)])
+
+
+def _ranked(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The `top_k` highest scores (0: all) and their ids, highest first, of equal scores the lower id first."""
+    if not 0 < top_k < len(scores):
+        return scores.sort(descending=True, stable=True)
+    # Sorting a whole vocabulary takes longer than a layer. Which of several equal scores topk takes is open, so all
+    # that reach its last one are candidates.
+    candidates = (scores >= scores.topk(top_k, sorted=False).values.min()).nonzero().flatten()
+    order = scores[candidates].sort(descending=True, stable=True)
+    return order.values[:top_k], candidates[order.indices[:top_k]]

@@ -146,3 +146,16 @@ def test_values_out_of_range_are_refused_not_clamped(name, value, expected):
 def test_broken_logits_are_a_numerical_error(broken):
     with pytest.raises(NumericalError, match="highest logit"):
         sample(torch.tensor([0.0, broken, 1.0]), OFF, OFF.generator())
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 7, 8, 200])
+def test_top_k_takes_the_lower_ids_of_equal_scores(top_k):
+    """Against a whole stable sort, with ties inside and across the border of top-k, and with ids that are excluded."""
+    logits = torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(top_k)).float()
+    allowed = torch.arange(40) % 3 != 1
+    best = logits.masked_fill(~allowed, -math.inf).sort(descending=True, stable=True).indices[:top_k].tolist()
+    config = SamplingConfig(temperature=1.0, top_k=top_k, top_p=1.0)
+    draw = torch.Generator().manual_seed(0)
+    drawn = {sample(logits, config, draw, allowed) for _ in range(600)}
+    reachable = {token for token in best if allowed[token]}
+    assert drawn <= reachable and (top_k > 8 or drawn == reachable)
