@@ -55,6 +55,8 @@ class Decoder:
     def load(self, state: State) -> None:
         """Go on from another state, of any number of rows."""
         C, wide, dtype = self.model.config.chunk_size, self._constants.wide, self.model.output_weight.dtype
+        # The libraries of a CPU multiply bfloat16 by a routine made for each length, so float32 holds the same values.
+        dtype = torch.promote_types(dtype, torch.float32) if self.model.device.type == "cpu" else dtype
 
         def cache(opened: Tensor) -> Tensor:
             B, P, H, width = opened.shape
@@ -73,13 +75,14 @@ class Decoder:
 
     def state(self) -> State:
         """What was read so far, as a value."""
+        dtype = self.model.output_weight.dtype
         slots = (self._position % self.model.config.chunk_size)[:, None]
         longest = int(slots.max())
         unused = (torch.arange(longest, device=slots.device) >= slots)[..., None, None]
 
         def open_chunk(cache: Tensor) -> Tensor:
             # Once a cache has been filled, what lies behind a row's slot is left from the chunk before.
-            return cache[:, :, :longest].transpose(1, 2).masked_fill(unused, 0).contiguous()
+            return cache[:, :, :longest].transpose(1, 2).masked_fill(unused, 0).contiguous().to(dtype)
 
         layers = [LayerState(open_chunk(x.k), open_chunk(x.v), _cloned(x.norm), x.h.clone()) for x in self._layers]
         return State(self._position.clone(), tuple(layers), _cloned(self._norm))
@@ -104,10 +107,9 @@ class Decoder:
 
     def _prepare(self) -> None:
         """Make what a step needs besides the state: its parts with their buffers."""
-        c, B = self._constants, len(self._position)
+        c, B, dtype = self._constants, len(self._position), self.model.output_weight.dtype
         self._tokens, self._slot = torch.zeros_like(self._position), torch.zeros_like(self._position)
-        self._blocks = [_block_step(*pair, self._slot) for pair in zip(c.blocks, self._layers, strict=True)]
-        dtype = self.model.output_weight.dtype
+        self._blocks = [_block_step(*pair, self._slot, dtype) for pair in zip(c.blocks, self._layers, strict=True)]
         self._final_norm = norm_step(*self._norm, c.norm.scale, c.norm.bias, dtype, eps=c.norm.eps)
         self._output = c.output.prepare(B)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -241,9 +243,9 @@ class _BlockConstants:
 BlockStep = Callable[[Tensor, Tensor, int | None], Tensor]
 
 
-def _block_step(c: _BlockConstants, state: _Layer, slot: Tensor) -> BlockStep:
+def _block_step(c: _BlockConstants, state: _Layer, slot: Tensor, dtype: torch.dtype) -> BlockStep:
     """x (B, D), the rotation of this place (B, 1, 1, Z/H/2), the most keys any row sees -> (B, D)."""
-    (B, H, _, dz), dtype, wide = state.k.shape, state.k.dtype, c.z_scale.dtype
+    (B, H, _, dz), wide = state.k.shape, c.z_scale.dtype
     cema = c.p, c.q, c.gamma, c.omega
     norm_cema = norm_cema_step(*state.norm, state.h, c.norm.scale, c.norm.bias, *cema, dtype, eps=c.norm.eps)
     attend = attention_step(state.k, state.v, slot)

@@ -121,10 +121,11 @@ def attention_step(k_cache: Tensor, v_cache: Tensor, slot: Tensor, *, backend: B
 
     Args:
         k_cache: (B, H, C, Z) float32, bfloat16 or float64, contiguous: rotated keys of the open chunks; moved.
-        v_cache: (B, H, C, V) in the same dtype, contiguous; moved. All finite: a weight of 0 does not stop NaN.
+        v_cache: (B, H, C, V) in the same dtype, contiguous; moved. All finite: a weight of 0 does not stop NaN. A CPU
+                 is faster with float32 caches also for bfloat16 inputs, whose values they hold exactly.
         slot:    (B,) int64: position in the document mod C of the token to come; the caller moves it on.
     Called with:
-        q, k:    (B, H, Z) in the dtype of the cache: rotated query and key of each row; v: (B, H, V): its value.
+        q, k:    (B, H, Z) in any float dtype: rotated query and key of each row; v: (B, H, V): its value.
         longest: the largest slot plus one, so that no more keys are read than there are; None means that the host
                  does not know it, and all places are read.
     Raises:

@@ -84,16 +84,16 @@ def attention_step_portable(
 
     def run(q: Tensor, k: Tensor, v: Tensor, longest: int | None) -> Tensor:
         place = slot if B * H == 1 else first + slot.repeat_interleave(H)
-        key_places.index_copy_(0, place, k.reshape(B * H, -1))
-        value_places.index_copy_(0, place, v.reshape(B * H, -1))
+        key_places.index_copy_(0, place, k.reshape(B * H, -1).to(k_cache.dtype))
+        value_places.index_copy_(0, place, v.reshape(B * H, -1).to(v_cache.dtype))
         seen = longest or C
         scores = torch.bmm(q.reshape(B * H, 1, -1).to(wide), keys[:, :seen].to(wide).mT)
         if B > 1 or longest is None:
             later = time[:seen] > slot[:, None]
             scores.view(B, H, seen).masked_fill_(later[:, None], float("-inf"))
-        weights = scores.softmax(-1).to(v.dtype)
+        weights = scores.softmax(-1).to(v_cache.dtype)
         if parts > 1:
             weights = weights.expand(parts, 1, seen)
-        return torch.bmm(weights, pieces[:, :seen]).view(B, H, -1)
+        return torch.bmm(weights, pieces[:, :seen]).view(B, H, -1).to(v.dtype)
 
     return run

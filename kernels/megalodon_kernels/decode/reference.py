@@ -62,7 +62,7 @@ def attention_step_reference(
         before = [cache[:, :, : C - 1].transpose(1, 2) for cache in (k_cache, v_cache)]
         y, _, _ = chunk_attention(q[:, None], k[:, None], v[:, None], C, slot, *before, backend="reference")
         row = torch.arange(len(slot), device=slot.device)
-        k_cache[row, :, slot], v_cache[row, :, slot] = k, v
+        k_cache[row, :, slot], v_cache[row, :, slot] = k.to(k_cache.dtype), v.to(v_cache.dtype)
         return y[:, 0]
 
     return run
