@@ -1,8 +1,8 @@
 """Helpers inside Triton kernels that several ops share. Not here: kernels, launchers.
 
 Rules for every kernel: upcast what is loaded, downcast what is stored (the interpreter computes bfloat16 wrongly and
-says nothing); products through `mdot`; every masked load names its `other`; resets and masks select, they never
-multiply by 0; offsets are int64.
+says nothing; between bfloat16 and float64 it reinterprets bits, so go by way of float32); products through `mdot`;
+every masked load names its `other`; resets and masks select, they never multiply by 0; offsets are int64.
 """
 
 import torch

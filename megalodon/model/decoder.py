@@ -67,10 +67,10 @@ class Decoder:
         with torch.inference_mode():
             self._position = state.position.clone(memory_format=torch.contiguous_format)
             self._layers = [
-                _Layer(cache(x.k), cache(x.v), _own(x.norm, wide), x.cema.to(wide, copy=True).contiguous())
+                _Layer(cache(x.k), cache(x.v), _own(x.norm), x.cema.to(wide, copy=True).contiguous())
                 for x in state.layers
             ]
-            self._norm = _own(state.norm, wide)
+            self._norm = _own(state.norm)
             self._prepare()
 
     def state(self) -> State:
@@ -160,11 +160,11 @@ class _Layer(NamedTuple):
     h: Tensor
 
 
-def _own(norm: Statistics, dtype: torch.dtype) -> Statistics:
+def _own(norm: Statistics) -> Statistics:
     """A copy to move in place. Before the first token mean and variance carry no weight, whatever they hold."""
     empty = (norm.count == 0)[:, None]
-    mean = norm.mean.to(dtype).masked_fill(empty, 0).contiguous()
-    var = norm.var.to(dtype).masked_fill(empty, 1).contiguous()
+    mean = norm.mean.double().masked_fill(empty, 0).contiguous()
+    var = norm.var.double().masked_fill(empty, 1).contiguous()
     return Statistics(norm.count.clone(memory_format=torch.contiguous_format), mean, var)
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-BF16, F32, I64, INT = "*bf16", "*fp32", "*i64", "i32"
+BF16, F32, F64, I64, INT = "*bf16", "*fp32", "*fp64", "*i64", "i32"
 
 
 class Production(NamedTuple):
@@ -63,7 +63,33 @@ def _swiglu() -> list[Production]:
     ]
 
 
-PRODUCTION = {"norm": _norm, "swiglu": _swiglu}
+def _decode() -> list[Production]:
+    import triton.language as tl
+
+    state = {"count_ptr": I64, "mean_ptr": F64, "var_ptr": F64, "scale_ptr": F32, "bias_ptr": F32, "h_ptr": F32}
+    given = {name: F32 for name in ("p_ptr", "q_ptr", "gamma_ptr", "omega_ptr")}
+    move = state | given | {"x_ptr": BF16, "u_ptr": BF16, "ema_ptr": BF16, "eps": "fp32"}
+    sizes = {"D": 4096, "SIZE": 64, "N": 16, "WIDTH": 64, "STATES": 16, "WIDE": tl.float32}
+    attention = {"slot_ptr": I64, "cache_ptr": BF16, "scores_ptr": F32}
+    common = {"H": 4, "C": 4096, "KEYS": 64, "WIDE": tl.float32}
+    return [
+        Production("decode norm and cema", "decode:_norm_cema", move, sizes),
+        Production(
+            "decode scores",
+            "decode:_scores",
+            attention | {"q_ptr": BF16, "k_ptr": BF16},
+            common | {"Z": 256, "WIDTH": 256},
+        ),
+        Production(
+            "decode values",
+            "decode:_values",
+            attention | {"v_ptr": BF16, "y_ptr": BF16},
+            common | {"V": 2048, "PLACES": 4096, "SLICE": 64},
+        ),
+    ]
+
+
+PRODUCTION = {"norm": _norm, "swiglu": _swiglu, "decode": _decode}
 
 
 def measure(wanted: Production) -> dict[str, Any]:

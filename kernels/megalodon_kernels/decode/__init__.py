@@ -10,6 +10,7 @@ recorded and replayed. What a step returns is a buffer that its next call overwr
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,6 @@ from torch import Tensor
 from megalodon_kernels.decode.portable import attention_step_portable, norm_cema_step_portable, norm_step_portable
 from megalodon_kernels.decode.reference import attention_step_reference, norm_cema_step_reference, norm_step_reference
 from megalodon_kernels.dispatch import Backend, check_shapes, choose
-
-NORM = {"reference": norm_step_reference, "portable": norm_step_portable}
-NORM_CEMA = {"reference": norm_cema_step_reference, "portable": norm_cema_step_portable}
-ATTENTION = {"reference": attention_step_reference, "portable": attention_step_portable}
 
 NormStep = Callable[[Tensor], Tensor]
 """x (B, D) -> (B, D)."""
@@ -52,8 +49,8 @@ def norm_step(
         count: (B,) int64: tokens so far.
         mean:  (B, G) float64, or float32 where a device has no better; contiguous, like var.
         var:   (B, G) likewise. Where count is 0 both must be finite, and carry no weight.
-        scale: (D,) in the dtype of mean: one plus the stored weight.
-        bias:  (D,) in the dtype of mean.
+        scale: (D,) float32, or float64 as mean: one plus the stored weight.
+        bias:  (D,) in the dtype of scale.
         dtype: of x and y: float32 or bfloat16 (or float64).
     Raises:
         ValueError: two sizes disagree; the message shows both.
@@ -140,6 +137,29 @@ def attention_step(k_cache: Tensor, v_cache: Tensor, slot: Tensor, *, backend: B
     check_shapes("attention_step", f"k_cache is {tuple(k_cache.shape)}", expected)
     run = ATTENTION[choose("attention_step", backend, slot.device, k_cache.dtype)]
     return run(k_cache, v_cache, slot)
+
+
+def _norm_triton(*args: Any) -> NormStep:
+    from megalodon_kernels.decode.kernel import norm_step_triton
+
+    return norm_step_triton(*args)
+
+
+def _norm_cema_triton(*args: Any) -> NormCemaStep:
+    from megalodon_kernels.decode.kernel import norm_cema_step_triton
+
+    return norm_cema_step_triton(*args)
+
+
+def _attention_triton(*args: Any) -> AttentionStep:
+    from megalodon_kernels.decode.kernel import attention_step_triton
+
+    return attention_step_triton(*args)
+
+
+NORM = {"reference": norm_step_reference, "portable": norm_step_portable, "triton": _norm_triton}
+NORM_CEMA = {"reference": norm_cema_step_reference, "portable": norm_cema_step_portable, "triton": _norm_cema_triton}
+ATTENTION = {"reference": attention_step_reference, "portable": attention_step_portable, "triton": _attention_triton}
 
 
 def _check_norm(op: str, count: Tensor, mean: Tensor, var: Tensor, scale: Tensor, bias: Tensor) -> None:

@@ -15,7 +15,7 @@ def norm_step_portable(
     count: Tensor, mean: Tensor, var: Tensor, scale: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
     """See `megalodon_kernels.decode.norm_step`."""
-    (B, G), D = mean.shape, len(scale)
+    (B, G), D, scale, bias = mean.shape, len(scale), scale.to(mean.dtype), bias.to(mean.dtype)
     wide = mean.new_empty(B, D)
     groups, channels = wide.view(B, G, -1), wide.view(1, B * G, -1)
     channel_mean, channel_var = mean.view(-1), var.view(-1)
