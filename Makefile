@@ -2,10 +2,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
-STAMP = $(VENV)/installed
+BENCH_VENV ?= $(VENV)-bench
 PROMPT = def read_file(path):
 
-.PHONY: quickstart test test-all lint fix faults install
+.PHONY: quickstart test test-all lint fix faults bench install
 
 quickstart: install  ## train the smallest real model here, show its curve, let it write
 	"$(BIN)/megalodon" pretrain quickstart
@@ -37,11 +37,20 @@ fix: install  ## what lint can repair
 faults: install  ## what docs/reliability.md promises, measured; FAULTS="--only A,B --kills 20 --seed 1" for a part of it
 	"$(BIN)/python" benchmarks/faults $(FAULTS)
 
-# make cannot name a file in a folder with spaces as a prerequisite, so the shell compares the stamp
+bench:  ## what docs/benchmarks.md says, measured beside peers; BENCH="--only decode --turns 5" for a part of it
+	@$(call environment,$(BENCH_VENV),bench)
+	"$(BENCH_VENV)/bin/python" benchmarks/peers $(BENCH)
+
 install:
-	@if [ ! -e "$(STAMP)" ] || [ pyproject.toml -nt "$(STAMP)" ] || [ constraints.txt -nt "$(STAMP)" ]; then \
-	  set -e; \
-	  "$(PYTHON)" -m venv "$(VENV)"; \
-	  "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
-	  touch "$(STAMP)"; \
-	fi
+	@$(call environment,$(VENV),dev)
+
+# A folder and the extra that is installed in it. make cannot name a file in a folder with spaces as a prerequisite, so
+# the shell compares the stamp.
+define environment
+if [ ! -e "$(1)/installed" ] || [ pyproject.toml -nt "$(1)/installed" ] || [ constraints.txt -nt "$(1)/installed" ]; then \
+  set -e; \
+  "$(PYTHON)" -m venv "$(1)"; \
+  "$(1)/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(2)]'; \
+  touch "$(1)/installed"; \
+fi
+endef

@@ -63,7 +63,9 @@ def test_nothing_tells_to_install_the_bare_name():
 
 def test_the_tested_versions_satisfy_the_ranges(project):
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    for requirement in project["project"]["dependencies"]:
+    peers = [entry for entry in project["project"]["optional-dependencies"]["bench"] if ">=" in entry]
+    assert len(peers) == 5
+    for requirement in (*project["project"]["dependencies"], *peers):
         name, floor = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
         assert [int(n) for n in pins[name].split(".")] >= [int(n) for n in floor.split(".")], requirement
 
