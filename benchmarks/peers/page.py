@@ -17,10 +17,10 @@ from timing import LEAST_TURNS
 BLOCKS = ("train", "jax", "cema", "decode", "gpu")
 """Sections of the page, each with its table; `goals` and `origins` follow."""
 MAIN = (
-    ("Training, 8 M, 2,048 tokens", "Llama", "train/8M/2048"),
-    ("Training, 8 M, 16,384 tokens", "Llama", "train/8M/16384"),
-    ("Training, 50 M, 2,048 tokens", "Llama", "train/50M/2048"),
-    ("Training, 50 M, 16,384 tokens", "Llama", "train/50M/16384"),
+    ("Training, 8 M, 2,048 tokens", "Llama", "train/8M/2048/eager"),
+    ("Training, 8 M, 16,384 tokens", "Llama", "train/8M/16384/eager"),
+    ("Training, 50 M, 2,048 tokens", "Llama", "train/50M/2048/eager"),
+    ("Training, 50 M, 16,384 tokens", "Llama", "train/50M/16384/eager"),
     ("Training, 8 M, 4,096 tokens", "JAX port, jitted", "jax/8M/4096"),
     ("CEMA forward + backward, 4,096 tokens", "FFT convolution", "cema/4096"),
     ("Decoding, 8 M, after 0 tokens", "Llama", "decode/8M/0"),
@@ -29,7 +29,7 @@ MAIN = (
 """Rows of README: what, against whom, the entry whose first figure it is."""
 PICTURES = (
     ("decode/8M/0", "Tokens written a second after a growing context: Megalodon and Llama", "docs/decode_depth.svg"),
-    ("train/8M/2048", "Tokens trained a second at growing length: Megalodon and Llama", "docs/train_length.svg"),
+    ("train/8M/2048/eager", "Tokens trained a second at growing length: Megalodon and Llama", "docs/train_length.svg"),
 )
 """Of README: the entry without which there is no picture, what it shows, where it lies."""
 

@@ -51,9 +51,9 @@ def decode_points(document: Document) -> dict[str, Points]:
 def train_points(document: Document) -> dict[str, Points]:
     """Side -> length -> median tokens a second."""
     lengths = sorted({*BETWEEN, *(length for size, length in TARGETS if size == "8M")})
-    ours = {length: _rate(document, f"train/8M/{length}", "ours") for length in lengths}
+    ours = {length: _rate(document, f"train/8M/{length}/eager", "ours") for length in lengths}
     ours[FLAT[-1]] = _rate(document, "train/8M/flat", f"{FLAT[-1]:,} tokens")
-    llama = {length: _rate(document, f"train/8M/{length}", "Llama") for length in lengths}
+    llama = {length: _rate(document, f"train/8M/{length}/eager", "Llama") for length in lengths}
     port = {length: _rate(document, f"jax/8M/{length}", "JAX port") for length in lengths}
     return {"Megalodon": _measured(ours), "Llama": _measured(llama), "JAX port": _measured(port)}
 
@@ -93,6 +93,7 @@ def _axes(axes: Any, places: list[int], across: str, up: str, lowest: float) -> 
     axes.set_yscale("log" if lowest < 100 else "linear")
     if lowest >= 100:
         axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)

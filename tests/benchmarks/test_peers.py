@@ -49,7 +49,7 @@ def measured(**about: Any) -> dict[str, Any]:
     rate = {**timing.spread([1700.0, 1800.0, 1650.0]), "unit": "tokens/s"}
     entry = {"run": "r", "seconds": 9.0, "turns": 5, "rates": {"ours": rate, "Llama": rate}, "figures": figures}
     origin = {"date": "r", "device": "D", "cores": 2, "threads": 2, "versions": "v", "commit": "abc", "command": "c"}
-    return {"format": 1, "runs": {"r": origin}, "entries": {"train/8M/2048": {**entry, **about}}}
+    return {"format": 1, "runs": {"r": origin}, "entries": {"train/8M/2048/eager": {**entry, **about}}}
 
 
 @pytest.mark.parametrize("name", ["8M", "50M", "tiny"])
@@ -145,9 +145,9 @@ def test_a_ratio_is_formed_turn_by_turn() -> None:
 
 def test_the_page_has_every_figure_with_target_and_verdict() -> None:
     text = page.render(page._empty(), measured(), "page")
-    assert "| `train/8M/2048` | speed over Llama | 1.20 | 1.10, 1.25 | ≥ 1.15 | yes |" in text
-    assert "| `train/8M/2048` | share of the peak | 50 % | 48, 52 | ≥ 55 % | **no** |" in text
-    assert "| `train/8M/2048` | ours | 1,700 tokens/s | 1,650, 1,800 | 5 | 9 |" in text
+    assert "| `train/8M/2048/eager` | speed over Llama | 1.20 | 1.10, 1.25 | ≥ 1.15 | yes |" in text
+    assert "| `train/8M/2048/eager` | share of the peak | 50 % | 48, 52 | ≥ 55 % | **no** |" in text
+    assert "| `train/8M/2048/eager` | ours | 1,700 tokens/s | 1,650, 1,800 | 5 | 9 |" in text
     assert "| r | D, 2 cores, 2 threads; v | `abc` | `c` | train |" in text
     assert "## decode\n<!-- decode -->\nNot measured.\n" in text
     assert all(
@@ -157,9 +157,9 @@ def test_the_page_has_every_figure_with_target_and_verdict() -> None:
 
 
 def test_the_page_says_what_failed_and_what_has_few_turns() -> None:
-    failed = {"train/8M/2048": {"run": "r", "seconds": 1.0, "error": "RuntimeError: no memory"}}
+    failed = {"train/8M/2048/eager": {"run": "r", "seconds": 1.0, "error": "RuntimeError: no memory"}}
     text = page.render(page._empty(), {**measured(), "entries": failed}, "page")
-    assert "| `train/8M/2048` | **not measured: RuntimeError: no memory** |  |  |  | **no** |" in text
+    assert "| `train/8M/2048/eager` | **not measured: RuntimeError: no memory** |  |  |  | **no** |" in text
     assert "1.10, 1.25, 2 turns only" in page.render(page._empty(), measured(turns=2), "page")
 
 
@@ -188,9 +188,9 @@ def test_page_and_readme_show_the_figures_that_are_kept(repository: Path) -> Non
 
 
 def test_missed_targets_are_named_and_failed_entries_too() -> None:
-    assert results.missed(measured()) == ["train/8M/2048: share of the peak: 0.5, expected ≥ 55 %"]
-    failed = {"train/8M/2048": {"run": "r", "error": "RuntimeError: x"}}
-    assert results.missed({"entries": failed}) == ["train/8M/2048: RuntimeError: x"]
+    assert results.missed(measured()) == ["train/8M/2048/eager: share of the peak: 0.5, expected ≥ 55 %"]
+    failed = {"train/8M/2048/eager": {"run": "r", "error": "RuntimeError: x"}}
+    assert results.missed({"entries": failed}) == ["train/8M/2048/eager: RuntimeError: x"]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_an_unknown_entry_is_one_line(
 
 
 def test_entries_are_chosen_by_whole_parts_of_their_names(campaign: Any) -> None:
-    keys = ["train/8M/2048", "train/8M/2048/bf16", "train/8M/20480", "cema/4096"]
+    keys = ["train/8M/2048/eager", "train/8M/2048/bf16", "train/8M/20480", "cema/4096"]
     chosen = [key for key in keys if campaign._belongs(key, "train/8M/2048")]
     assert chosen == keys[:2]
 
@@ -253,7 +253,7 @@ def test_a_run_keeps_what_was_measured_before(
     monkeypatch.setenv("PYTHONPATH", f"{repository}:{repository / 'kernels'}")
     assert run(campaign, monkeypatch, "--only", "cema", "--smoke", "--out", str(tmp_path)) == 6
     found = json.loads((tmp_path / "benchmarks.json").read_text())
-    assert found["entries"]["train/8M/2048"] == measured()["entries"]["train/8M/2048"]
+    assert found["entries"]["train/8M/2048/eager"] == measured()["entries"]["train/8M/2048/eager"]
     assert found["entries"]["cema/4096"]["turns"] == 1 and set(found["entries"]["cema/4096"]["rates"]) == {
         "ours",
         "FFT",
