@@ -58,8 +58,12 @@ def moved(state: State, tokens: int) -> State:
 
 
 def our_decoding(model: Megalodon, depth: int, num_tokens: int) -> Callable[[], None]:
-    """Write tokens greedily from `depth`; every turn begins there again."""
+    """Write tokens greedily from `depth`; every turn begins there again.
+
+    One token is read before: what a session forms at its first step and its branches share is no cost of a token.
+    """
     start = session_at(model, depth)
+    start.step(0)
 
     def run() -> None:
         session, token = start.branch(), 0
