@@ -1,24 +1,30 @@
 """CEMA by chunked matrix products: the CPU path, and any device without Triton.
 
 A document is cut into rows of T tokens. Inside a row the average is a T×T Toeplitz matrix for each channel; between
-rows only the state travels. With k[τ] = Re Σ_n gamma p q^τ (+ omega at τ = 0):
+rows only the state travels. With k[τ] = Re Σ_n gamma p q^τ (+ omega at τ = 0) and u = Σ_t q^(T-1-t) x_t of a row:
 
-    y = K x + Re(C h)          K[i, j] = k[i - j] for i ≥ j;  C[n, t] = gamma q^(t+1);  h the state before the row
-    h ← q^T h + V x            V[t, n] = p q^(T-1-t)
+    y = K x + Re Σ_n q^t gamma q h       K[i, j] = k[i - j] for i ≥ j;  h the state before the row
+    h ← q^T h + p u                      at the end of a batch row, n ≤ T tokens into its last row, n instead of T
 
-All powers of q are formed in float64 from log q, as an outer product of two short ranges. Not here: a kernel of
-length L.
+The backward pass is written out. It keeps x and the states between rows, and forms everything else anew; both passes
+work span by span, so that what they form stays in the caches. Not here: the powers of q (tables.py), a kernel of length
+L.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megalodon_kernels.cema.tables import Sums, Tables, as_complex, as_pairs, power
 from megalodon_kernels.rows import Rows, cut
 
-# Twice the row doubles the work of K and halves that of the loop over rows. Forward and backward on two AVX-512 cores
-# at (B, L, D, N) = (2, 4096, 256, 16): 0.09 s with rows of 32, 0.08 s with 64, 0.13 s with 128.
-ROW = 64
+# Twice the row doubles the work of K and the memory of its table, and halves the loop over rows and the states that are
+# kept: as many bytes as x in float32. Forward and backward on two AVX-512 cores at (B, L, D, N) = (1, 2048, 256, 16):
+# 11 ms with rows of 32, 14 ms with 64.
+ROW = 32
+# Tokens and channels whose intermediate values exist at a time; fewer are not faster, the tables are read once a span.
+SPAN = 8192
+CHANNELS = 256
 
 
 def cema_portable(
@@ -32,123 +38,182 @@ def cema_portable(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `megalodon_kernels.cema`."""
-    B, L, D = x.shape
     rows = cut(x, ROW, starts)
-    R, T = rows.length.shape[1], rows.width
-    compute = torch.promote_types(x.dtype, torch.float32)
-    state_dtype = compute if h0 is None else h0.dtype
-    carry = torch.promote_types(torch.promote_types(state_dtype, compute), torch.complex64)
-
-    powers = _powers(torch.complex(log_decay.double(), angle.double()), T)
-    p64, gamma64 = p.double(), torch.view_as_complex(gamma.double())
-    into = p64[..., None] * powers[..., :T]  # (D, N, T): p q^τ
-    kernel = (gamma64[..., None] * into).sum(1).real
-    kernel = torch.cat([kernel[:, :1] + omega.double()[:, None], kernel[:, 1:]], dim=1)
-    matrix = _toeplitz(kernel.to(compute))  # (D, T, T), transposed
-    # Real pairs side by side, real parts first: Re(C h) is then one real product.
-    into = into.flip(-1)
-    V = torch.cat([into.real, into.imag], dim=1).mT.to(compute)  # (D, T, 2N)
-    out = gamma64[..., None] * powers[..., 1:]
-    C = torch.cat([out.real, -out.imag], dim=1).to(compute)  # (D, 2N, T)
-
-    packed = rows.pack(x.to(compute)).permute(3, 0, 1, 2).contiguous().view(D, B * R, T)
-    gain = _as_complex(torch.bmm(packed, V)).to(carry).view(D, B, R, -1)  # V x of every row
-    before = None if h0 is None else torch.view_as_complex(h0).to(carry).transpose(0, 1)
-    h = _carry(powers[..., T].to(carry), gain, before, rows)  # (D, B, R, N): the state before each row
-
-    N = h.shape[-1]
-    pairs = torch.view_as_real(h).movedim(-1, -2).reshape(D, B * R, 2 * N).to(compute)
-    y = torch.baddbmm(torch.bmm(packed, matrix), pairs, C)
-    if y.requires_grad:
-        # The gradient comes back channel-last; one copy here saves the products of the backward a copy per channel.
-        y.register_hook(torch.Tensor.contiguous)
-    y = rows.unpack(y.view(D, B, R, T).permute(1, 2, 3, 0), L)
-    last = _last_state(packed.view(D, B, R, T), h, rows, p64, powers)
-    return y.to(x.dtype), torch.view_as_real(last).to(state_dtype)
+    y, h = _Cema.apply(x, p, log_decay, angle, gamma, omega, h0, rows)  # type: ignore[no-untyped-call]
+    return y, h
 
 
-def _powers(log_q: Tensor, T: int) -> Tensor:
-    """q^0 … q^T as (D, N, T+1) complex128: q^(8a+b) = q^(8a) q^b takes T/8 + 8 exponentials instead of T."""
-    step = 8
-    low = torch.exp(log_q[..., None] * torch.arange(step, device=log_q.device))
-    high = torch.exp(log_q[..., None] * (torch.arange(T // step + 1, device=log_q.device) * step))
-    return (high[..., None] * low[..., None, :]).flatten(-2)[..., : T + 1]
-
-
-def _toeplitz(kernel: Tensor) -> Tensor:
-    """(D, T) -> (D, T, T): the transposed K, [j, i] = kernel[i - j] for i ≥ j, else 0.
-
-    Lay T copies of (kernel, T zeros) end to end and read them as rows shorter by one: each row moves one to the right.
-    """
-    D, T = kernel.shape
-    wide = torch.cat([kernel, kernel.new_zeros(D, T)], dim=1)
-    moved = wide[:, None].expand(D, T, 2 * T).reshape(D, 2 * T * T)[:, : T * (2 * T - 1)]
-    return moved.view(D, T, 2 * T - 1)[..., :T]
-
-
-def _as_complex(pairs: Tensor) -> Tensor:
-    """(..., 2N), real parts first -> (..., N) complex."""
-    real, imaginary = pairs.chunk(2, dim=-1)
-    return torch.complex(real, imaginary)
-
-
-def _carry(decay: Tensor, gain: Tensor, h0: Tensor | None, rows: Rows) -> Tensor:
-    """The state before each row: (D, N), (D, B, R, N), (D, B, N) -> (D, B, R, N)."""
-    if h0 is None:
-        h0 = torch.zeros_like(gain[:, :, 0])
-    states: Tensor = _Carry.apply(decay, gain, h0, rows.begins)  # type: ignore[no-untyped-call]
-    return states
-
-
-class _Carry(torch.autograd.Function):
-    """h_0 = h0, h_{r+1} = decay ⊙ h_r + gain_r; a row that begins a document starts from 0, by selection.
-
-    Backward, with G_r the gradient of h_r: G_r += conj(decay) G_{r+1}, dgain_r = G_{r+1}, ddecay = Σ conj(h_r) G_{r+1}.
-    """
+class _Cema(torch.autograd.Function):
+    """Both passes, block by block of channels, which do not know of each other."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, decay: Tensor, gain: Tensor, h0: Tensor, begins: Tensor) -> Tensor:
-        states = torch.empty_like(gain)
-        fresh = begins.any(dim=0).tolist()
-        h = h0
-        for r in range(gain.shape[2]):
-            if r:
-                h = torch.addcmul(gain[:, :, r - 1], decay[:, None], h)
-            if fresh[r]:
-                h = h.masked_fill(begins[:, r, None], 0)
-            states[:, :, r] = h
-        ctx.save_for_backward(decay, states, begins)
-        return states
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        p: Tensor,
+        log_decay: Tensor,
+        angle: Tensor,
+        gamma: Tensor,
+        omega: Tensor,
+        h0: Tensor | None,
+        rows: Rows,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        state_dtype = wide if h0 is None else h0.dtype
+        carry = torch.promote_types(state_dtype, wide)
+        packed, end = _pack(x, rows), _End(rows)
+        D, B, R, T = packed.shape
+        states = x.new_zeros(D, B, R + 1, p.shape[1], dtype=carry.to_complex())
+        if h0 is not None:
+            states[:, :, 0] = torch.view_as_complex(h0.to(carry)).transpose(0, 1)
+        y, h = torch.empty_like(packed), torch.empty_like(states[:, :, 0])
+        for c in _blocks(D, CHANNELS):
+            coefficients = p[c], log_decay[c], angle[c], gamma[c], omega[c]
+            tables = Tables.of(*coefficients, T, wide)
+            _forward(packed[c], tables, power(log_decay[c], angle[c], T, carry), states[c], y[c], rows)
+            gain = tables.gain(end.tokens(x[..., c], wide))
+            h[c] = power(log_decay[c], angle[c], end.length, carry) * end.of_states(states[c]) + gain
+        ctx.save_for_backward(x, p, log_decay, angle, gamma, omega, states)
+        ctx.rows, ctx.state_dtype = rows, state_dtype  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)
+        return _unpack(y, rows, x.shape[1]), torch.view_as_real(h.transpose(0, 1)).to(state_dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        decay, states, begins = ctx.saved_tensors  # type: ignore[attr-defined]
-        back, fresh = decay.conj().resolve_conj()[:, None], begins.any(dim=0).tolist()
-        d_gain = torch.zeros_like(states)
-        g = torch.zeros_like(states[:, :, 0])
-        for r in reversed(range(states.shape[2])):
-            g = torch.addcmul(grad[:, :, r], back, g)
-            if fresh[r]:
-                g = g.masked_fill(begins[:, r, None], 0)
-            if r:
-                d_gain[:, :, r - 1] = g
-        d_decay = (states.conj() * d_gain).sum((1, 2))
-        return d_decay, d_gain, g, None
+    def backward(ctx: FunctionCtx, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, p, log_decay, angle, gamma, omega, states = ctx.saved_tensors  # type: ignore[attr-defined]
+        rows: Rows = ctx.rows  # type: ignore[attr-defined]
+        carry, wide = states.real.dtype, torch.promote_types(x.dtype, torch.float32)
+        packed, d_packed = _pack(x, rows), _pack(torch.zeros_like(x) if dy is None else dy, rows)
+        dx, end = torch.empty_like(packed), _End(rows)
+        d_h0, tail = torch.empty_like(states[:, :, 0]), x.new_empty(x.shape[-1], len(x), rows.width, dtype=wide)
+        d_final = None if dh is None else torch.view_as_complex(dh.to(carry)).transpose(0, 1)  # (D, B, N)
+        gradients = []
+        for c in _blocks(x.shape[-1], CHANNELS):
+            tables = Tables.of(p[c], log_decay[c], angle[c], gamma[c], omega[c], rows.width, wide)
+            sums = Sums(tables) if any(ctx.needs_input_grad[1:6]) else None  # type: ignore[attr-defined]
+            arriving = None
+            if d_final is not None:
+                decay, G = power(log_decay[c], angle[c], end.length, carry), d_final[c]
+                arriving, G_wide = decay.conj() * G, G.to(wide.to_complex())
+                tail[c] = tables.tokens_gradient(G_wide)
+                if sums:
+                    sums.add_input(end.tokens(x[..., c], wide), G_wide)
+                    sums.add_carry(end.of_states(states[c]), decay, end.length[:, None], G)
+            decay = power(log_decay[c], angle[c], rows.width, carry)
+            d_h0[c] = _backward(packed[c], d_packed[c], tables, decay, states[c], arriving, dx[c], rows, sums)
+            gradients.append(sums.gradients() if sums else (None,) * 5)
+        d_x = _unpack(dx, rows, x.shape[1])
+        if d_final is not None:
+            d_x[:, -rows.width :] += tail.permute(1, 2, 0).masked_fill(end.absent[..., None], 0)
+        d_coefficients = (torch.cat(parts) if sums else None for parts in zip(*gradients, strict=True))
+        d_state = torch.view_as_real(d_h0.transpose(0, 1)).to(ctx.state_dtype)  # type: ignore[attr-defined]
+        return d_x, *d_coefficients, d_state if ctx.needs_input_grad[6] else None, None  # type: ignore[attr-defined]
 
 
-def _last_state(packed: Tensor, h: Tensor, rows: Rows, p: Tensor, powers: Tensor) -> Tensor:
-    """The state after the last token of each batch row, whose last row may be short: (B, D, N) complex."""
-    T = rows.width
-    batch = torch.arange(len(rows.length), device=h.device)
-    row = (rows.length > 0).sum(1) - 1
-    length = rows.length[batch, row]
-    # Move each last row to the right end, so that token t has T-1-t tokens behind it whatever the row's length.
-    source = torch.arange(T, device=h.device) - (T - length)[:, None]  # (B, T)
-    tokens = packed[:, batch, row].transpose(0, 1)  # (B, D, T)
-    shifted = tokens.gather(-1, source.clamp(min=0)[:, None].expand_as(tokens))
-    shifted = shifted.masked_fill((source < 0)[:, None], 0).double()
-    into = torch.view_as_real((p[..., None] * powers[..., :T]).flip(-1))  # (D, N, T, 2)
-    gain = torch.view_as_complex(torch.einsum("bdt,dntc->bdnc", shifted, into))
-    decay = powers[..., length].movedim(-1, 0)  # (B, D, N)
-    return decay * h[:, batch, row].transpose(0, 1) + gain
+def _forward(x: Tensor, tables: Tables, decay: Tensor, states: Tensor, y: Tensor, rows: Rows) -> None:
+    """From rows x (D, B, R, T) and the first of the states (D, B, R + 1, N): the other states and y, both in place."""
+    begins = rows.begins.any(dim=0).tolist()
+    states[:, :, 0].masked_fill_(rows.begins[:, 0, None], 0)
+    for span in _spans(rows):
+        tokens = x[:, :, span].flatten(1, 2).to(tables.kernel.dtype)
+        behind = states[:, :, span.start + 1 : span.stop + 1]
+        behind.copy_(tables.gain(tokens).view_as(behind))
+        for r in range(span.start, span.stop):
+            states[:, :, r + 1].addcmul_(decay, states[:, :, r])
+            if r + 1 < len(begins) and begins[r + 1]:
+                states[:, :, r + 1].masked_fill_(rows.begins[:, r + 1, None], 0)
+        h = states[:, :, span].flatten(1, 2).to(tables.q.dtype)
+        read = as_pairs((h * (tables.gamma * tables.q)).conj())
+        out = torch.bmm(tokens, tables.kernel).baddbmm_(read, as_pairs(tables.powers).mT)
+        y[:, :, span] = out.view_as(y[:, :, span])
+
+
+def _backward(
+    x: Tensor,
+    dy: Tensor,
+    tables: Tables,
+    decay: Tensor,
+    states: Tensor,
+    arriving: Tensor | None,
+    dx: Tensor,
+    rows: Rows,
+    sums: Sums | None,
+) -> Tensor:
+    """Fill dx and the sums; return the gradient of the first state. With s = Σ_t q^t dy_t of a row:
+
+        dh = conj(gamma q s) + conj(q^T) G   is the G of the row before, 0 where this row begins a document
+        dx = Kᵀ dy + Re Σ_n conj(q^(T-1-t)) p G
+
+    Args:
+        arriving: (D, B, N): what the final state adds to that before the last row of each batch row.
+    """
+    back, begins = decay.conj().resolve_conj(), rows.begins.any(dim=0).tolist()
+    ends, g = _End(rows).row.tolist(), torch.zeros_like(states[:, :, 0])
+    for span in reversed(_spans(rows)):
+        d_out = dy[:, :, span].flatten(1, 2).to(tables.kernel.dtype)
+        s = as_complex(torch.bmm(d_out, as_pairs(tables.powers)))
+        own = (s * (tables.gamma * tables.q)).conj_physical_().to(g.dtype).unflatten(1, (x.shape[1], -1))
+        G = torch.empty_like(own)  # of the state behind each row
+        if arriving is not None:
+            for b, end in enumerate(ends):
+                if span.start <= end < span.stop:
+                    own[:, b, end - span.start] += arriving[:, b]
+        for r in reversed(range(span.start, span.stop)):
+            G[:, :, r - span.start] = g
+            g = torch.addcmul(own[:, :, r - span.start], back, g)
+            if begins[r]:
+                g.masked_fill_(rows.begins[:, r, None], 0)
+        G_wide, h = G.flatten(1, 2).to(s.dtype), states[:, :, span].flatten(1, 2)
+        d_tokens = torch.bmm(d_out, tables.kernel.mT)
+        d_tokens += tables.tokens_gradient(G_wide)
+        dx[:, :, span] = d_tokens.view_as(dx[:, :, span])
+        if sums:
+            tokens = x[:, :, span].flatten(1, 2).to(d_out.dtype)
+            sums.add_output(tokens, d_out, s, h.to(s.dtype))
+            sums.add_input(tokens, G_wide)
+            sums.add_carry(h, decay, rows.width, G.flatten(1, 2))
+    return g
+
+
+class _End:
+    """The last row of each batch row, which may be short.
+
+    Shapes:
+        row, length: (B,) int64: which row it is, tokens in it.
+        absent: (B, T) bool: where no token is once they are moved to the right end of the row.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.row = (rows.length > 0).sum(1) - 1
+        length = rows.length.gather(1, self.row[:, None])
+        self.length = length[:, 0]
+        self.absent = torch.arange(rows.width, device=length.device) < rows.width - length
+
+    def of_states(self, states: Tensor) -> Tensor:
+        """The states before these rows: (D, B, R + 1, N) -> (D, B, N)."""
+        return states[:, torch.arange(len(self.row), device=states.device), self.row]
+
+    def tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Their tokens, zeros before them: (B, L, D) -> (D, B, T)."""
+        tail = x[:, -self.absent.shape[1] :].masked_fill(self.absent[..., None], 0)
+        return tail.permute(2, 0, 1).contiguous().to(dtype)
+
+
+def _blocks(size: int, block: int) -> list[slice]:
+    return [slice(i, min(i + block, size)) for i in range(0, size, block)]
+
+
+def _spans(rows: Rows) -> list[slice]:
+    B, R = rows.length.shape
+    return _blocks(R, max(1, SPAN // (B * rows.width)))
+
+
+def _pack(x: Tensor, rows: Rows) -> Tensor:
+    """(B, L, D) -> (D, B, R, T) in memory, which costs no copy where x lies so and no row is short."""
+    return rows.pack(x).permute(3, 0, 1, 2).contiguous()
+
+
+def _unpack(x: Tensor, rows: Rows, length: int) -> Tensor:
+    """The inverse: (D, B, R, T) -> (B, L, D), which still lies in the memory as x does where no row is short."""
+    return rows.unpack(x.permute(1, 2, 3, 0), length)
