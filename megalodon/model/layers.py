@@ -80,4 +80,6 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return linear(x, self.weight, self.bias)
+        # As a matrix, whatever the order in memory: the product takes x with features first as it lies.
+        y: Tensor = linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+        return y
