@@ -75,8 +75,8 @@ def _blocks(num_queries: int, num_keys: int) -> list[_Block]:
     return [_Block(start, end, past + end) for start, end in zip(starts, ends, strict=True)]
 
 
-def _scores(q: Tensor, k: Tensor, block: _Block, allowed: Tensor | None) -> Tensor:
-    """q kᵀ of a block in float32 or better, -inf where a query may not look."""
+def _weights(q: Tensor, k: Tensor, block: _Block, allowed: Tensor | None) -> Tensor:
+    """Softmax of q kᵀ of a block, in float32 or better; exactly 0 where a query may not look."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.bmm(q[:, block.begin : block.end].to(wide), k[:, : block.keys].to(wide).mT)
     size = block.end - block.begin
@@ -84,51 +84,54 @@ def _scores(q: Tensor, k: Tensor, block: _Block, allowed: Tensor | None) -> Tens
     scores[..., -size:].masked_fill_(later, float("-inf"))
     if allowed is not None:
         scores.masked_fill_(~allowed[:, None, : block.keys], float("-inf"))
-    return scores
+    return scores.softmax(-1)
 
 
 class _Attention(torch.autograd.Function):
-    """Backward: dP = dy vᵀ (dropped and scaled as P), dS = P (dP - rowsum(dy y)), dq = dS k, dk = dSᵀ q, dv = Pᵀ dy."""
+    """Backward: dP = dy vᵀ (dropped and scaled as P), dS = P (dP - rowsum(dP P)), dq = dS k, dk = dSᵀ q, dv = Pᵀ dy."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
         y = v.new_empty(*q.shape[:2], v.shape[-1])
-        sums, kept = [], []
+        kept = []
         for block in _blocks(q.shape[1], k.shape[1]):
-            scores = _scores(q, k, block, allowed)
-            lse = scores.logsumexp(-1, keepdim=True)
-            weights = torch.exp_(scores.sub_(lse))
+            weights = _weights(q, k, block, allowed)
             if dropout:
                 keep = torch.rand_like(weights) >= dropout
                 weights = torch.where(keep, weights / (1 - dropout), 0.0)
                 kept.append(keep)
             y[:, block.begin : block.end] = torch.bmm(weights.to(v.dtype), v[:, : block.keys])
-            sums.append(lse)
-        ctx.save_for_backward(q, k, v, y, torch.cat(sums, dim=1), *kept)
+        ctx.save_for_backward(q, k, v, *kept)
         ctx.allowed, ctx.dropout = allowed, dropout  # type: ignore[attr-defined]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, y, lse, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        q, k, v, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
         allowed, dropout = ctx.allowed, ctx.dropout  # type: ignore[attr-defined]
-        wide = lse.dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        shared = (dy.to(wide) * y.to(wide)).sum(-1, keepdim=True)
         for i, block in enumerate(_blocks(q.shape[1], k.shape[1])):
             own, seen = slice(block.begin, block.end), slice(0, block.keys)
-            weights = torch.exp_(_scores(q, k, block, allowed).sub_(lse[:, own]))
+            weights = used = _weights(q, k, block, allowed)
             d_weights = torch.bmm(dy[:, own], v[:, seen].mT).to(wide)
-            used = weights
             if dropout:
                 d_weights = torch.where(kept[i], d_weights / (1 - dropout), 0.0)
                 used = torch.where(kept[i], weights / (1 - dropout), 0.0)
-            d_scores = d_weights.sub_(shared[:, own]).mul_(weights)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, wide)
             dq[:, own] = torch.bmm(d_scores, k[:, seen].to(wide))
-            dk[:, seen] += torch.bmm(d_scores.mT, q[:, own].to(wide))
-            dv[:, seen] += torch.bmm(used.mT.to(dy.dtype), dy[:, own])
+            _add_product(dk[:, seen], d_scores.mT, q[:, own].to(wide))
+            _add_product(dv[:, seen], used.mT.to(dy.dtype), dy[:, own])
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in one pass where the dtypes agree."""
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)
 
 
 def _still_open(
