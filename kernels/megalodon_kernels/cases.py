@@ -51,7 +51,7 @@ def _cema(length: int, with_state: bool, with_starts: bool, dtype: torch.dtype, 
 def _timestep_norm(
     length: int, with_state: bool, with_starts: bool, dtype: torch.dtype, draw: torch.Generator
 ) -> Inputs:
-    B, D, G = 4, 15, 3
+    B, D, G = 2, 24, 3
     inputs: Inputs = {
         "x": torch.randn(B, length, D, generator=draw, dtype=dtype) + 3,
         "weight": 0.1 * torch.randn(D, generator=draw, dtype=dtype),

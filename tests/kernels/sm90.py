@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-BF16, F32, F64, I64, INT = "*bf16", "*fp32", "*fp64", "*i64", "i32"
+BF16, F32, F64, I32, I64, BOOL, INT = "*bf16", "*fp32", "*fp64", "*i32", "*i64", "*i1", "i32"
 
 
 class Production(NamedTuple):
@@ -89,7 +89,41 @@ def _decode() -> list[Production]:
     ]
 
 
-PRODUCTION = {"norm": _norm, "swiglu": _swiglu, "decode": _decode}
+def _timestep_norm() -> list[Production]:
+    import triton.language as tl
+
+    tile = {"G": 64, "WIDTH": 64, "STEPS": 64, "GROUPS": 1, "WIDE": tl.float32}
+    merge = {"G": 64, "TILES": 256, "GROUPS": 1}
+    starts, sizes = {"starts_ptr": BOOL}, {"L": INT, "tiles": INT}
+    sums = {"begins_ptr": I32, "length_ptr": I32, "mean_ptr": F64, "spread_ptr": F64}
+    state = {"count0_ptr": I64, "mean0_ptr": F64, "var0_ptr": F64}
+    before = {"before_count_ptr": I64, "before_mean_ptr": F64, "before_var_ptr": F64}
+    final = {"final_count_ptr": I64, "final_mean_ptr": F64, "final_var_ptr": F64}
+    steps = {"x_ptr": BF16, "weight_ptr": F32, "mean_ptr": F64, "rstd_ptr": F32, "count_ptr": I64} | sizes
+    apply = steps | before | {"bias_ptr": F32, "y_ptr": BF16, "eps": "fp32"}
+    tile_gradients = {"begins_ptr": I32, "a_ptr": F64, "b_ptr": F64, "c_ptr": F64}
+    behind = {"behind_a_ptr": F64, "behind_b_ptr": F64, "behind_c_ptr": F64}
+    merge_gradients = tile_gradients | behind | state | starts | sizes | {"final_count_ptr": I64, "final_mean_ptr": F64}
+    merge_gradients |= {"dmean_ptr": F64, "dvar_ptr": F64, "dmean0_ptr": F64, "dvar0_ptr": F64}
+    gradients = steps | behind | {"dy_ptr": BF16, "dx_ptr": BF16, "dweight_ptr": F32, "dbias_ptr": F32}
+    kernels = [
+        ("tiles, packed", "_sum_tiles", {"x_ptr": BF16} | sums | starts | sizes, tile),
+        ("merge", "_merge_tiles", sums | state | before | final | {"tiles": INT}, merge),
+        ("apply", "_apply", apply, tile),
+        ("apply, packed", "_apply", apply | starts, tile),
+        ("tile gradients, packed", "_sum_tile_gradients", steps | tile_gradients | {"dy_ptr": BF16} | starts, tile),
+        ("merge gradients", "_merge_tile_gradients", merge_gradients, merge),
+        ("apply gradients", "_apply_gradients", gradients, tile),
+        ("apply gradients, packed", "_apply_gradients", gradients | starts, tile),
+    ]
+    two_warps = ("_sum_tiles", "_apply", "_sum_tile_gradients")
+    return [
+        Production(f"timestep_norm {name}", f"timestep_norm:{kernel}", types, tiles, 2 if kernel in two_warps else 4)
+        for name, kernel, types, tiles in kernels
+    ]
+
+
+PRODUCTION = {"norm": _norm, "swiglu": _swiglu, "decode": _decode, "timestep_norm": _timestep_norm}
 
 
 def measure(wanted: Production) -> dict[str, Any]:

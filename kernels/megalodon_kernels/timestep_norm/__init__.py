@@ -3,6 +3,8 @@
 Not here: the parameters (megalodon/model/timestep_norm.py).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from megalodon_kernels.timestep_norm.portable import timestep_norm_portable
 from megalodon_kernels.timestep_norm.reference import timestep_norm_reference
 from megalodon_kernels.timestep_norm.statistics import Statistics
 
-IMPLEMENTATIONS = {"reference": timestep_norm_reference, "portable": timestep_norm_portable}
+MOST_WIDTH = 1024
+"""A kernel holds all features of a group, and a few steps of it, in registers."""
 
 
 def timestep_norm(
@@ -50,9 +53,22 @@ def timestep_norm(
         KernelError: `backend` cannot run this call.
     """
     _check(x, weight, bias, num_groups, state, starts, padding, prior)
-    run = IMPLEMENTATIONS[choose("timestep_norm", backend, x.device, x.dtype, "it has no kernel yet")]
+    width = x.shape[2] // num_groups
+    fits = width <= MOST_WIDTH and not width & (width - 1)
+    unfit = None if fits else f"D/G is {width}, expected a power of two up to {MOST_WIDTH}"
+    run = IMPLEMENTATIONS[choose("timestep_norm", backend, x.device, x.dtype, unfit)]
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, weight, bias, num_groups, state, starts, padding, prior, eps)
+        result: tuple[Tensor, Statistics] = run(x, weight, bias, num_groups, state, starts, padding, prior, eps)
+    return result
+
+
+def _triton(*args: Any) -> tuple[Tensor, Statistics]:
+    from megalodon_kernels.timestep_norm.kernel import timestep_norm_triton
+
+    return timestep_norm_triton(*args)
+
+
+IMPLEMENTATIONS = {"reference": timestep_norm_reference, "portable": timestep_norm_portable, "triton": _triton}
 
 
 def _check(
