@@ -19,6 +19,13 @@ OP_BF16 = 2**-6
 """The same on bfloat16 inputs, where a rounding is 2⁻⁹. In the backward of attention dP and the row sum taken from it
 are each rounded; where they cancel to a quarter of their size, that is 2 · 4 roundings."""
 
+TIMESTEP_NORM_Y = 2e-6
+"""y of the kernels in float32, root mean square over that of y, wherever the mean lies and however it drifts: x minus
+the shift is exact, then five roundings of values of about 1 and the error of 1/sqrt(var)."""
+TIMESTEP_NORM_STATISTICS = 5e-6
+"""Their final mean in standard deviations, their final variance relative: sums of 64 · 64 values in float32, √n to n
+roundings, in each tile; tiles are merged in float64."""
+
 LOGITS = {
     # Errors of 2u a layer in a residual stream of values up to 10, absolute. Released float32 against float64: 5.3e-6.
     torch.float32: 2e-5,

@@ -557,9 +557,9 @@ def _apply_gradients(
     tl.store(dx_ptr + features(step, group, G, WIDTH), dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if prior_count_ptr is not None:
         prior_count, prior_mean, _ = known(prior_count_ptr, prior_mean_ptr, prior_var_ptr, 0, group, G)
-        begins = (flags(starts_ptr, step, inside) > 0)[:, None] & (prior_count > 0)
+        begins = (flags(starts_ptr, step, inside) > 0)[:, None]
         prior_a = a.to(tl.float64) + 2 * (prior_mean[None, :] - c.to(tl.float64)) * b.to(tl.float64)
         dmean = prior_count * tl.sum(tl.where(begins, prior_a, 0), axis=0)
         dvar = prior_count * tl.sum(tl.where(begins, b.to(tl.float64), 0), axis=0)
-        tl.store(dprior_mean_ptr + own, dmean, mask=in_groups)
-        tl.store(dprior_var_ptr + own, dvar, mask=in_groups)
+        tl.store(dprior_mean_ptr + own, tl.where(prior_count > 0, dmean, 0), mask=in_groups)
+        tl.store(dprior_var_ptr + own, tl.where(prior_count > 0, dvar, 0), mask=in_groups)
