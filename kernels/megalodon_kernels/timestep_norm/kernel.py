@@ -54,9 +54,12 @@ NOTHING = (None, None, None)
 
 
 def tile(width: int, num_groups: int) -> tuple[int, int]:
-    """(steps, groups) of a tile: 64 steps or, of a wide group, fewer; several narrow groups, so that reads are long."""
+    """(steps, groups) of a tile: 64 steps or, of a wide group, fewer; up to 4 narrow groups, so that reads are longer.
+
+    With more groups their sums over time, which are kept for every step, would no longer fit into registers.
+    """
     steps = 32 if INTERPRETED else min(64, ELEMENTS // width)
-    return steps, max(1, min(ELEMENTS // (steps * width), triton.next_power_of_2(num_groups)))
+    return steps, max(1, min(4, ELEMENTS // (steps * width), triton.next_power_of_2(num_groups)))
 
 
 def merging(tiles: int, num_groups: int) -> tuple[int, int]:
@@ -184,9 +187,7 @@ def timestep_norm_backward(
     begins = x.new_empty(B, tiles, dtype=torch.int32)
     a, b, c, behind_a, behind_b, behind_c = mean.new_empty(6, B, tiles, G)
     steps = (x, dy, weight, mean, rstd, count, starts, padding)
-    _sum_tile_gradients[grid](
-        *steps, begins, a, b, c, L, tiles, G, width, T, groups, wide, num_warps=warps
-    )  # fmt: skip
+    _sum_tile_gradients[grid](*steps, begins, a, b, c, L, tiles, G, width, T, groups, wide, num_warps=warps)
     merged, abreast = merging(tiles, G)
     _merge_tile_gradients[(B * triton.cdiv(G, abreast),)](
         starts, begins, a, b, c, count0, mean0, var0, final_count, final_mean, dmean, dvar,
