@@ -21,6 +21,7 @@ from megalodon_cli import console, crash, variables
 from megalodon_cli.commands.doctor import doctor
 from megalodon_cli.commands.generate import generate
 from megalodon_cli.commands.pretrain import pretrain
+from megalodon_cli.commands.profile import profile
 from megalodon_cli.commands.recipes import recipes
 from megalodon_cli.commands.runs import runs
 from megalodon_cli.commands.tokenize import tokenize
@@ -45,7 +46,7 @@ EXIT_CODES = """[bold]Exit codes[/bold]
 
 130, 143  interrupted twice, or before the first step"""
 
-JSON = {"tokenize", "pretrain", "generate", "recipes", "runs", "doctor"}
+JSON = {"tokenize", "pretrain", "generate", "recipes", "runs", "profile", "doctor"}
 """Commands whose result is also a JSON document."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 """What the system says of a disk that takes no more."""
@@ -54,7 +55,7 @@ UNFIT |= {errno.EACCES, errno.EPERM, errno.EROFS}
 """What the system says of a path that cannot be what was asked of it."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 """Variables that keep the libraries of the Hugging Face Hub from the network."""
-COMMANDS = ("tokenize", "pretrain", "generate", "recipes", "runs", "doctor")
+COMMANDS = ("tokenize", "pretrain", "generate", "recipes", "runs", "profile", "doctor")
 TAKES_KEYS = {"tokenize", "pretrain", "recipes"}
 """Commands that take recipe keys, also in the form `--optim.lr 1e-3`."""
 EXAMPLES = {"train.max_steps": "2000", "train.max_tokens": "2M", "model.init_from": "runs/mine"}
@@ -343,6 +344,7 @@ app.add_typer(recipes, cls=Shell, name="recipes", rich_help_panel="Data")
 app.command("pretrain", rich_help_panel="Model")(pretrain)
 app.command("generate", rich_help_panel="Run")(generate)
 app.add_typer(runs, cls=Shell, name="runs", rich_help_panel="Run")
+app.command("profile", rich_help_panel="Run")(profile)
 app.command("doctor", rich_help_panel="Run")(doctor)
 
 

@@ -1,4 +1,7 @@
-"""Pictures of runs as PNG or SVG, drawn by matplotlib (extra `plot`). Not here: curves in a terminal (curves.py)."""
+"""Pictures of runs and profiles as PNG or SVG, drawn by matplotlib (extra `plot`).
+
+Not here: curves in a terminal (curves.py).
+"""
 
 import importlib
 import importlib.util
@@ -28,7 +31,7 @@ def check(file: Path) -> None:
     if not file.parent.is_dir():
         raise InputError(f"{file}: there is no folder {file.parent}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise EnvironmentFault("pictures of runs need the extra [plot]: pip install 'megalodon-lm[plot]'")
+        raise EnvironmentFault("pictures need the extra [plot]: pip install 'megalodon-lm[plot]'")
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -58,6 +61,21 @@ def plot_run(name: str, rows: Sequence[Row], unigram: float | None, file: Path) 
 def plot_comparison(runs: Mapping[str, Sequence[Row]], file: Path) -> None:
     """Draw the training and validation losses of several runs over tokens."""
     _draw(" · ".join(runs), [lambda axis: _losses(axis, runs, "tokens"), lambda axis: _valid(axis, runs)], file)
+
+
+def plot_speeds(name: str, speeds: Mapping[str, Sequence[tuple[int, float]]], file: Path) -> None:
+    """Draw tokens/s over the depth of a session, a panel for each kind of reading."""
+    _draw(name, [lambda axis, of=of: _over_depth(axis, *of) for of in speeds.items()], file)  # type: ignore[misc]
+
+
+def _over_depth(axis: Any, title: str, points: Sequence[tuple[int, float]]) -> None:
+    axis.plot(*zip(*points, strict=True), "o-", color=COLORS[0], markersize=4)
+    axis.set_xscale("symlog", base=2, linthresh=max(1, min((depth for depth, _ in points if depth), default=1)))
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"{title}: tokens/s", loc="left", fontsize=9)
+    axis.set_xlabel("tokens read before")
+    ticker: Any = importlib.import_module("matplotlib.ticker")
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda at, _: console.amount(at)))
 
 
 def _draw(title: str, panels: Sequence[Callable[[Any], None]], file: Path) -> None:

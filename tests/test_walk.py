@@ -82,7 +82,7 @@ def test_help_and_completion_load_nothing_heavy():
         "import contextlib, io, json, sys",
         "from typer.testing import CliRunner",
         "from megalodon_cli.app import app",
-        "commands = ['tokenize', 'pretrain', 'generate', 'recipes', 'runs', 'doctor']",
+        "commands = ['tokenize', 'pretrain', 'generate', 'recipes', 'runs', 'profile', 'doctor']",
         "for line in [[], *[[command] for command in commands]]:",
         "    assert CliRunner().invoke(app, [*line, '--help']).exit_code == 0",
         "from megalodon_cli import recipe_files",

@@ -80,7 +80,7 @@ def explained(plan: Plan, *, building: bool = False) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         said = (str(error).splitlines() or [""])[0].rpartition("DefaultCPUAllocator: ")[2]
         said = said or "Python found none"
@@ -89,7 +89,8 @@ def explained(plan: Plan, *, building: bool = False) -> Iterator[None]:
         raise _no_room(plan, said) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether this is what PyTorch or Python raises where memory ran out."""
     said = (str(error).splitlines() or [""])[0]
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said
 
@@ -148,7 +149,7 @@ def _fits(model: Megalodon, plan: Plan, rows: int) -> bool:
         _loss(model, plan, rows).backward()
         del moments
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return False
     finally:

@@ -140,7 +140,7 @@ def make_plan(
         RecipeError: numbers that do not go together; each is named.
         EnvironmentFault: the device is not there.
     """
-    place = _device(device)
+    place = device_named(device)
     _refuse_unsupported(config, optim, checkpoint, log, parallel, place)
     if config.seq_len_warmup:
         check_warmup(config.seq_len_warmup, seq_len)
@@ -167,7 +167,8 @@ def make_plan(
     return Plan(config, optim, checkpoint, log, horizon, seq_len, rows, micro, place, bf16)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Return the device that `--device` means. Raises: InputError for no device, EnvironmentFault for one not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

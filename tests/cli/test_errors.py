@@ -171,7 +171,7 @@ def test_help_is_everywhere_and_shows_the_exit_codes():
     assert all(
         text in top for text in ("Data", "Model", "Run", "Everywhere", "Exit codes", "75", "same command continues")
     )
-    for command in ("tokenize", "pretrain", "generate", "doctor", "recipes show", "recipes cp", "runs show"):
+    for command in ("tokenize", "pretrain", "generate", "profile", "doctor", "recipes show", "recipes cp", "runs show"):
         text = run(*command.split(), "-h").stdout
         assert "--quiet" in text, command
         assert len([line for line in text.splitlines() if " megalodon " in line and "Usage" not in line]) >= 3, command

@@ -20,7 +20,7 @@ def run(*arguments: str, **variables: str) -> Result:
 
 
 def test_every_option_of_every_command_names_its_variable() -> None:
-    for command in ("tokenize", "pretrain", "generate", "doctor", "recipes check", "runs show"):
+    for command in ("tokenize", "pretrain", "generate", "profile", "doctor", "recipes check", "runs show"):
         text = run(*command.split(), "-h").stdout
         assert "MEGALODON_QUIET" in text, command
     text = run("pretrain", "-h").stdout
