@@ -1,11 +1,11 @@
-# The verbs of the project. Each builds the environment in $(VENV) first, once, under the tested versions.
+# The verbs of the project. Each but gpu-check builds the environment in $(VENV) first, once, under the tested versions.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 BENCH_VENV ?= $(VENV)-bench
 PROMPT = def read_file(path):
 
-.PHONY: quickstart test test-all lint fix faults bench install
+.PHONY: quickstart test test-all lint fix faults bench gpu-check install
 
 quickstart: install  ## train the smallest real model here, show its curve, let it write
 	"$(BIN)/megalodon" pretrain quickstart
@@ -40,6 +40,9 @@ faults: install  ## what docs/reliability.md promises, measured; FAULTS="--only 
 bench:  ## what docs/benchmarks.md says, measured beside peers; BENCH="--only decode --turns 5" for a part of it
 	@$(call environment,$(BENCH_VENV),bench)
 	"$(BENCH_VENV)/bin/python" benchmarks/peers $(BENCH)
+
+gpu-check:  ## every op on this machine's GPU, parity then timings, under ten minutes; needs torch and triton, installs nothing
+	"$(PYTHON)" kernels/gpu_check.py $(GPU_CHECK)
 
 install:
 	@$(call environment,$(VENV),dev)

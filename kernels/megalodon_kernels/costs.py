@@ -16,6 +16,7 @@ from torch import Tensor
 from megalodon_kernels.cema import cema
 from megalodon_kernels.chunk_attention import chunk_attention
 from megalodon_kernels.norm import layer_norm, rms_norm
+from megalodon_kernels.swiglu import swiglu
 from megalodon_kernels.timestep_norm import timestep_norm
 
 Inputs = dict[str, Any]
@@ -175,6 +176,16 @@ def _attention_backward(s: Sizes, size: int) -> Work:
     return Work(size * s.tokens * (4 * s.Z + 4 * s.V), s.tokens * s.keys * (6 * s.Z + 4 * s.V))
 
 
+def _gate(width: str, *, alone: bool = False) -> Callable[[Sizes, Draw], Inputs]:
+    """silu(a) ⊙ b, or silu(a) alone, at one of the widths."""
+
+    def inputs(s: Sizes, draw: Draw) -> Inputs:
+        shape = s.B, s.L, getattr(s, width)
+        return {"a": draw(*shape)} if alone else {"a": draw(*shape), "b": draw(*shape)}
+
+    return inputs
+
+
 COSTS: dict[str, Cost] = {
     "cema": Cost(cema, "B L D N", _cema, _cema_pass(False), _cema_pass(True)),
     # x is read twice, for the statistics and to be normalised; in the backward pass x and dy are.
@@ -185,6 +196,10 @@ COSTS: dict[str, Cost] = {
         chunk_attention, "B L H Z V C", _chunk_attention, _attention_forward, _attention_backward
     ),
     "rms_norm": Cost(rms_norm, "B L D", _rms_norm, _elements(2, 5, "D"), _elements(3, 12, "D")),
+    # Three times in a block: in the feed-forward network, at the gate of attention, and on the values without a gate.
+    "swiglu": Cost(swiglu, "B L F", _gate("F"), _elements(3, 5, "F"), _elements(5, 10, "F")),
+    "gate": Cost(swiglu, "B L V", _gate("V"), _elements(3, 5, "V"), _elements(5, 10, "V")),
+    "silu": Cost(swiglu, "B L V", _gate("V", alone=True), _elements(2, 4, "V"), _elements(3, 8, "V")),
     "layer_norm": Cost(layer_norm, "B L D", _layer_norm, _elements(2, 7, "D"), _elements(3, 14, "D")),
 }  # fmt: skip
-"""Op -> what it costs. A new op joins `megalodon profile` and `make gpu-check` by an entry here."""
+"""Op, or a use of one, -> what it costs. A new op joins `megalodon profile` and `make gpu-check` by an entry here."""

@@ -235,11 +235,13 @@ def errors(cost: Cost, sizes: Sizes, dtype: torch.dtype, device: torch.device, b
     return compare(cost, cost.inputs(short, Draw(dtype, device)), backend)._replace(tokens=short.L)
 
 
-def compare(cost: Cost, inputs: Inputs, backend: str) -> Errors:
-    """Compare an implementation with the reference in float64 on the same inputs."""
-    wide = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in inputs.items()}
+def compare(
+    cost: Cost, inputs: Inputs, backend: str, against: str = "reference", wide: torch.dtype = torch.float64
+) -> Errors:
+    """Compare an implementation with another one, the reference in float64, on the same inputs."""
+    widened = _floats_mapped(inputs, lambda x: x.to(torch.promote_types(x.dtype, wide)))
     (expected, expected_gradients), (actual, gradients) = (
-        outputs_and_gradients(cost, given, name) for given, name in ((wide, "reference"), (inputs, backend))
+        outputs_and_gradients(cost, given, name) for given, name in ((widened, against), (inputs, backend))
     )
     return Errors(
         distance(actual, expected), None if gradients is None else distance(gradients, expected_gradients or []), 0
@@ -263,14 +265,17 @@ def outputs_and_gradients(cost: Cost, inputs: Inputs, backend: str) -> tuple[lis
 def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest rms(error) / rms(expected) of some tensors.
 
-    A tensor that is zero up to rounding has no scale of its own: it takes a millionth of the largest.
+    A tensor that is zero up to rounding, less than a millionth of the largest, has no scale of its own: its error is
+    taken over the largest.
     """
     scales = [float(e.double().square().mean().sqrt()) if e.numel() else 0.0 for e in expected]
-    least = max(scales, default=0.0) * 1e-6 or 1.0
+    largest = max(scales, default=0.0) or 1.0
     worst = 0.0
     for a, e, scale in zip(actual, expected, scales, strict=True):
         if e.numel():
-            error = float((a.double() - e.double()).square().mean().sqrt()) / max(scale, least)
+            error = float((a.double() - e.double()).square().mean().sqrt()) / (
+                scale if scale > 1e-6 * largest else largest
+            )
             worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
 
@@ -289,10 +294,20 @@ def floats(value: Any) -> Iterator[Tensor]:
 
 
 def _with_gradients(inputs: Inputs) -> Inputs:
-    return {
-        name: x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in inputs.items()
-    }
+    return _floats_mapped(inputs, lambda x: x.detach().requires_grad_())
+
+
+def _floats_mapped(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    """Apply a function to every floating tensor, those in a tuple such as statistics included."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return function(value) if value.is_floating_point() else value
+        if isinstance(value, tuple) and hasattr(value, "_replace"):
+            return type(value)(*map(mapped, value))
+        return value
+
+    return {name: mapped(value) for name, value in inputs.items()}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_every_op_runs_on_its_inputs_and_is_near_its_reference(op: str, dtype: t
 def test_the_bytes_are_at_least_those_of_what_comes_and_goes(op: str) -> None:
     """Activations read and written once, exactly, but for norms over time, which read twice; parameters are small."""
     inputs = COSTS[op].inputs(SIZES, Draw(torch.float32, CPU))
-    outputs = list(floats(getattr(megalodon_kernels, op)(**inputs)))
+    outputs = list(floats(COSTS[op].op(**inputs)))
     moved = sum(4 * x.numel() for x in [*floats(inputs), outputs[0]] if x.shape[:2] == (SIZES.B, SIZES.L))
     work = COSTS[op].forward(SIZES, 4)
     extra = moved / 2 if op == "timestep_norm" else 0
@@ -98,7 +98,7 @@ def test_distance_is_relative_and_nan_is_infinite() -> None:
     assert distance([torch.ones(4), torch.zeros(3)], expected) == 0
     assert distance([torch.full((4,), 1.5), torch.zeros(3)], expected) == 0.5
     assert distance([torch.full((4,), math.nan), torch.zeros(3)], expected) == math.inf
-    assert distance([torch.ones(4), torch.full((3,), 1e-9)], expected) == pytest.approx(1e-3)
+    assert distance([torch.ones(4), torch.full((3,), 1e-3)], expected) == pytest.approx(1e-3)
 
 
 def test_times_are_those_of_the_call() -> None:
