@@ -204,3 +204,64 @@ def test_a_peer_computes_what_the_op_does(name: str) -> None:
     actual = actual.transpose(1, 2).reshape(expected.shape) if name == "chunk_attention" else actual
     assert_close(actual, expected, OP_BF16)
     assert all(leaf.requires_grad for leaf in leaves)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The phases of a GPU on this CPU, small: what they record is right, though not how long it took."""
+    small = Sizes(B=1, L=32, D=128, H=2, Z=12, V=36, F=29, N=3, G=4, C=8)
+    monkeypatch.setattr(gpu_check, "HAS_GPU", True)
+    monkeypatch.setattr(gpu_check, "WIDTH", small)
+    monkeypatch.setattr(gpu_check, "NARROW", {"D": 24})
+    monkeypatch.setattr(gpu_check, "TOKENS", (64, 32))
+    monkeypatch.setattr(gpu_check, "_compile_all", lambda *_: None)
+    for name, value in (("matmul_rate", 1e11), ("copy_rate", 1e10)):
+        monkeypatch.setattr(gpu_check, name, lambda *_, value=value: value)
+    real = gpu_check.timed
+    monkeypatch.setattr(gpu_check, "timed", lambda call, device: real(call, device, 1, 0.0))
+    monkeypatch.setattr(gpu_check, "_graphed", lambda call: 0.001)
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: function)
+    for name in ("reset_peak_memory_stats", "empty_cache", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 7)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_with_a_gpu_every_phase_has_its_entries(capsys: pytest.CaptureFixture[str]) -> None:
+    # ops with kernels would go through the interpreter at a length of 4096
+    names = ("cema", "timestep_norm", "chunk_attention")
+    assert run(*(f"--only={name}" for name in names)) == 0
+    found = document()
+    assert found["errors"] == found["skipped"] == []
+    metrics = {(e["op"], e["metric"]) for e in found["parity"]}
+    laws = ("forward", "backward", "values that leaked", "tensors that two runs differ in", "compiled against eager")
+    assert metrics == {(op, metric) for op in names for metric in laws}
+    assert [(e["op"], e["pass"]) for e in found["timing"]] == 5 * [
+        (n, p) for n in names for p in ("forward", "backward")
+    ]
+    for entry in found["timing"]:
+        floor = max(entry["flops"] / 1e8, entry["bytes"] / 1e7)
+        assert entry["floor_ms"] == pytest.approx(floor) and entry["ratio"] == pytest.approx(entry["ms"] / floor)
+        assert ("peer_ms" in entry) == (entry["op"] in PEERS) and entry["peak_bytes"] == 7
+    assert [e["shape"]["L"] for e in found["system"]] == [64, 32]
+    for entry in found["system"]:
+        assert entry["over_llama"] == pytest.approx(entry["llama_ms"] / entry["ms"])
+        assert entry["other_share"] == pytest.approx(1 - (entry["products_ms"] + entry["attention_ms"]) / entry["ms"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cema")]
+    assert [row[:2] for row in rows] == [["cema", "forward"], ["cema", "backward"]] and "met" in rows[0]
+    Path("old.json").write_text(Path("gpu-check/gpu-check.json").read_text())
+    old = document()
+    for entry in old["timing"]:
+        entry["ms"] /= 1e6
+    Path("old.json").write_text(json.dumps(old))
+    assert run("--only", "cema", "--against", "old.json") == 1
+    assert "slower than old.json: cema forward B1 L64 D128 N3 bf16" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_peer_that_does_not_fit_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def huge(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128 GiB")
+
+    monkeypatch.setitem(gpu_check.PEERS, "cema", huge)
+    assert run("--only", "cema") == 0
+    assert {e["peer_error"] for e in document()["timing"]} == {"CUDA out of memory. Tried to allocate 128 GiB"}
