@@ -238,7 +238,8 @@ def _op_parity(record: Record, op: str, cost: Cost, backend: str) -> None:
     if HAS_GPU:
         for dtype in DTYPES:
             attempt(f"D {WIDTH.D}, L 4096", dtype, lambda d=dtype: _at_width(cost, d, backend))
-        attempt("compiled", "bf16", lambda: [_compiled(cost, backend)])
+        if backend == "triton":  # the portable path asks the device for numbers, which breaks a graph
+            attempt("compiled", "bf16", lambda: [_compiled(cost, backend)])
 
 
 def _backend(cost: Cost) -> str:
