@@ -24,7 +24,7 @@ from megalodon.profiling.numbers import Shapes
 from megalodon.training.memory import available_memory, is_out_of_memory
 from megalodon.training.optim import OptimConfig
 from megalodon.training.plan import TrainConfig
-from megalodon_kernels import KernelError
+from megalodon_kernels import KernelError, use_backend
 from megalodon_kernels.costs import COSTS, Cost, Sizes
 from megalodon_kernels.measuring import errors, machine, prepare
 
@@ -94,7 +94,8 @@ def profile(request: Request) -> Report:
             _refuse(f"{what}: {text}", need, memory, request.device)
     meter = Meter(request.device, request.dtype, request.repeats, request.report, request.traced is not None)
     header = machine(request.device)
-    with _memory_named(request.device):
+    # decoding asks for auto, whatever its model was told: inside, auto means the backend that was named
+    with _memory_named(request.device), use_backend(request.backend):
         request.report("rates of this machine")
         constants = meter.constants()
         rows: list[Row] = []
