@@ -231,29 +231,35 @@ def _op_parity(record: Record, op: str, cost: Cost, backend: str) -> None:
         record.attempt("parity", {"op": op, "backend": backend, "case": case, "dtype": dtype}, call)
 
     for dtype in DTYPES:
-        for case, inputs in _chosen(op):
+        for case, inputs in _chosen(op, cost):
             attempt(case, dtype, lambda i=inputs, d=dtype: _against_reference(cost, i, d, backend))
-    if starts := dict(cases(op)).get("L37-starts"):
+    if starts := None if cost.prepared else dict(cases(op)).get("L37-starts"):
         attempt("NaN in one document", "fp32", lambda: [_leak(cost, _on_device(starts), backend)])
     if HAS_GPU:
         for dtype in DTYPES:
             attempt(f"D {WIDTH.D}, L 4096", dtype, lambda d=dtype: _at_width(cost, d, backend))
-        if backend == "triton":  # the portable path asks the device for numbers, which breaks a graph
+        # the portable path asks the device for numbers, which breaks a graph; a step of decoding is in a graph already
+        if backend == "triton" and not cost.prepared:
             attempt("compiled", "bf16", lambda: [_compiled(cost, backend)])
 
 
 def _backend(cost: Cost) -> str:
     """triton, or portable where the op has no kernel: the table then says so."""
     try:
-        cost.op(**cost.inputs(SMALL, Draw(torch.float32, DEVICE)), backend="triton")
+        cost.call(cost.inputs(SMALL, Draw(torch.float32, DEVICE)), "triton")()
     except KernelError:
         return "portable"
     return "triton"
 
 
-def _chosen(op: str) -> Iterator[tuple[str, Inputs]]:
-    """All small cases on a GPU; in the interpreter, which takes its time, those of odd length with everything."""
-    for case, inputs in cases(op):
+def _chosen(op: str, cost: Cost) -> Iterator[tuple[str, Inputs]]:
+    """All small cases on a GPU; in the interpreter, which takes its time, those of odd length with everything.
+
+    A step of decoding has no length: one case, at small sizes.
+    """
+    if cost.prepared:
+        yield "one token", cost.inputs(SMALL, Draw(torch.float32, DEVICE))
+    for case, inputs in () if cost.prepared else cases(op):
         if HAS_GPU or case in ("L37", "L37-state-starts"):
             yield case, _on_device(inputs)
 
@@ -329,9 +335,13 @@ def timing(record: Record, names: list[str]) -> None:
     """Every op at the 7B width: each pass over its floor, and beside what one would use instead."""
     shapes = [replace(WIDTH, B=rows, L=tokens // rows) for rows in (1, 8) for tokens in TOKENS]
     shapes.append(replace(WIDTH, L=TOKENS[0], **NARROW))
+    done: list[dict[str, Any]] = []
     for sizes in shapes:
         for name in names:
             what = {"op": name, "shape": sizes.named(COSTS[name].sizes), "config": "bf16"}
+            if what in done:  # a step of decoding has no length
+                continue
+            done.append(what)
             if HAS_GPU:
                 record.attempt("timing", what, lambda n=name, s=sizes: _timings(n, s, record.document["constants"]))
             else:
@@ -566,7 +576,7 @@ def _table(document: dict[str, Any]) -> None:
             continue
         raised = any(e["kind"] == "parity" and e["op"] == cost.op.__name__ for e in document["errors"])
         right = f"{sum(e['ok'] for e in own)}/{len(own)}" + " and errors" * raised
-        for what in ("forward", "backward"):
+        for what in ("forward", "backward")[: 1 if cost.prepared else 2]:
             found = [e for e in document["timing"] if e["op"] == name and e["pass"] == what]
             rows.append((name, what, own[0]["backend"], right, *_timed_cells(name, what, found)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -575,7 +585,7 @@ def _table(document: dict[str, Any]) -> None:
 
 
 def _timed_cells(name: str, what: str, found: list[dict[str, Any]]) -> tuple[str, str, str, str]:
-    first = next((e for e in found if e["shape"].get("L") == TOKENS[0] and e["shape"]["B"] == 1), None)
+    first = next((e for e in found if e["shape"].get("L", TOKENS[0]) == TOKENS[0] and e["shape"]["B"] == 1), None)
     if first is None:
         return "-", "-", "-", "-"
     goal = GOALS.get((name, what))

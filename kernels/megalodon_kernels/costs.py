@@ -6,6 +6,7 @@ so; a measured time over the floor is how far an implementation is from what the
 Not here: measuring (measuring.py), small inputs for tests (cases.py).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from megalodon_kernels.cema import cema
 from megalodon_kernels.chunk_attention import chunk_attention
+from megalodon_kernels.decode import attention_step as prepare_attention_step
+from megalodon_kernels.decode import norm_cema_step as prepare_norm_cema_step
 from megalodon_kernels.norm import layer_norm, rms_norm
 from megalodon_kernels.swiglu import swiglu
 from megalodon_kernels.timestep_norm import timestep_norm
@@ -110,6 +113,13 @@ class Cost:
     """None: the op has no gradient."""
     calls: int = 1
     """In a block; 0 for an op that a model calls once."""
+    prepared: bool = False
+    """`op(…)` returns what is timed: a step of decoding, which moves its state, tensors among the inputs."""
+
+    def call(self, inputs: Inputs, backend: str) -> Callable[[], Any]:
+        """Return the call that is timed. Raises: KernelError, now or when called, if the backend cannot run it."""
+        call: Callable[[], Any] = functools.partial(self.op, **inputs, backend=backend)
+        return call() if self.prepared else call
 
 
 def _elements(per_element: float, flops: float, width: str, parameters: Callable[[Sizes], float] = lambda s: 0) -> Pass:
@@ -186,6 +196,58 @@ def _gate(width: str, *, alone: bool = False) -> Callable[[Sizes, Draw], Inputs]
     return inputs
 
 
+def norm_cema_step(x: Tensor, *, backend: str, **state: Any) -> Callable[[], Any]:
+    """A step of TimestepNorm and CEMA on the token x (B, D)."""
+    return functools.partial(prepare_norm_cema_step(**state, dtype=x.dtype, backend=backend), x)  # type: ignore[arg-type]
+
+
+def _norm_cema_state(s: Sizes, draw: Draw) -> Inputs:
+    decay, angle, p = (draw.uniform(s.D, s.N) for _ in range(3))
+    return {
+        "x": draw(s.B, s.D),
+        "count": torch.full((s.B,), s.L, device=draw.device),
+        "mean": draw.parameter(s.B, s.G),
+        "var": 0.5 + draw.parameter(s.B, s.G).square(),
+        "h": draw.parameter(s.B, s.D, s.N, 2),
+        "scale": 1 + draw.parameter(s.D, scale=0.1),
+        "bias": draw.parameter(s.D, scale=0.1),
+        "p": p.to(draw.wide),
+        "q": torch.view_as_real(torch.polar(0.999 * decay, 3 * angle)).to(draw.wide),
+        "gamma": draw.parameter(s.D, s.N, 2, scale=s.N**-0.5),
+        "omega": draw.parameter(s.D),
+    }
+
+
+def _norm_cema_work(s: Sizes, size: int) -> Work:
+    """The averages are read and written, and p, q and gamma of each read, in float32."""
+    return Work(s.D * s.N * 4 * (4 * s.B + 5) + 2 * size * s.B * s.D, 12 * s.B * s.D * s.N)
+
+
+def attention_step(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, *, backend: str
+) -> Callable[[], Any]:
+    """A step of attention on one token, where a chunk is about to be full."""
+    step = prepare_attention_step(k_cache, v_cache, slot, backend=backend)  # type: ignore[arg-type]
+    return functools.partial(step, q, k, v, k_cache.shape[2] if q.is_cpu else None)
+
+
+def _attention_state(s: Sizes, draw: Draw) -> Inputs:
+    Z, V = s.Z // s.H, s.V // s.H
+    return {
+        "q": draw(s.B, s.H, Z) * Z**-0.25,
+        "k": draw(s.B, s.H, Z) * Z**-0.25,
+        "v": draw(s.B, s.H, V),
+        "k_cache": draw(s.B, s.H, s.C, Z) * Z**-0.25,
+        "v_cache": draw(s.B, s.H, s.C, V),
+        "slot": torch.full((s.B,), s.C - 1, device=draw.device),
+    }
+
+
+def _attention_step_work(s: Sizes, size: int) -> Work:
+    pairs = s.B * s.C * (s.Z + s.V)
+    return Work(size * pairs, 2 * pairs)
+
+
 COSTS: dict[str, Cost] = {
     "cema": Cost(cema, "B L D N", _cema, _cema_pass(False), _cema_pass(True)),
     # x is read twice, for the statistics and to be normalised; in the backward pass x and dy are.
@@ -201,5 +263,11 @@ COSTS: dict[str, Cost] = {
     "gate": Cost(swiglu, "B L V", _gate("V"), _elements(3, 5, "V"), _elements(5, 10, "V")),
     "silu": Cost(swiglu, "B L V", _gate("V", alone=True), _elements(2, 4, "V"), _elements(3, 8, "V")),
     "layer_norm": Cost(layer_norm, "B L D", _layer_norm, _elements(2, 7, "D"), _elements(3, 14, "D")),
+    "norm_cema_step": Cost(
+        norm_cema_step, "B D N G", _norm_cema_state, _norm_cema_work, None, prepared=True
+    ),
+    "attention_step": Cost(
+        attention_step, "B H Z V C", _attention_state, _attention_step_work, None, prepared=True
+    ),
 }  # fmt: skip
 """Op, or a use of one, -> what it costs. A new op joins `megalodon profile` and `make gpu-check` by an entry here."""

@@ -7,7 +7,6 @@
 Not here: which shapes, what is made of the numbers (megalodon/profiling, kernels/gpu_check.py).
 """
 
-import functools
 import importlib.metadata
 import math
 import os
@@ -164,10 +163,12 @@ class Passes(NamedTuple):
 
 def prepare(cost: Cost, sizes: Sizes, dtype: torch.dtype, device: torch.device, backend: str) -> Passes:
     """Make the inputs of an op and run it once. Raises: KernelError if the backend cannot run it."""
-    inputs = _with_gradients(cost.inputs(sizes, Draw(dtype, device)))
+    inputs = cost.inputs(sizes, Draw(dtype, device))
+    inputs = _with_gradients(inputs) if cost.backward else inputs
     backend = implementation(cost, inputs, backend)
-    forward = functools.partial(cost.op, **inputs, backend=backend)
+    forward = cost.call(inputs, backend)
     if cost.backward is None:
+        forward()
         return Passes(forward, None, 0, backend)
     return passes_of(forward, list(floats(inputs)), inputs, backend)
 
@@ -195,7 +196,7 @@ def implementation(cost: Cost, inputs: Inputs, backend: str) -> str:
     device = next(floats(inputs)).device
     if backend == "auto" and device.type == "cuda":
         try:
-            cost.op(**inputs, backend="triton")
+            cost.call(inputs, "triton")()
         except KernelError:
             return "portable"
         return "triton"
@@ -232,7 +233,8 @@ class Errors(NamedTuple):
 def errors(cost: Cost, sizes: Sizes, dtype: torch.dtype, device: torch.device, backend: str) -> Errors:
     """Compare an implementation with the reference in float64, on one row of at most CHECKED_TOKENS tokens."""
     short = replace(sizes, B=1, L=min(sizes.L, CHECKED_TOKENS))
-    return compare(cost, cost.inputs(short, Draw(dtype, device)), backend)._replace(tokens=short.L)
+    found = compare(cost, cost.inputs(short, Draw(dtype, device)), backend)
+    return found._replace(tokens=1 if cost.prepared else short.L)
 
 
 def compare(
@@ -250,8 +252,9 @@ def compare(
 
 def outputs_and_gradients(cost: Cost, inputs: Inputs, backend: str) -> tuple[list[Tensor], list[Tensor] | None]:
     """Return every float output, and the gradient of every float input for a gradient of each output."""
-    inputs = _with_gradients(inputs) if cost.backward else inputs
-    outputs = list(floats(cost.op(**inputs, backend=backend)))
+    # a step of decoding moves its state: those of the caller stay as they are
+    inputs = _with_gradients(inputs) if cost.backward else _copied(inputs)
+    outputs = list(floats(cost.call(inputs, backend)()))
     if cost.backward is None:
         return outputs, None
     used = [y for y in outputs if y.requires_grad]
@@ -295,6 +298,10 @@ def floats(value: Any) -> Iterator[Tensor]:
 
 def _with_gradients(inputs: Inputs) -> Inputs:
     return _floats_mapped(inputs, lambda x: x.detach().requires_grad_())
+
+
+def _copied(inputs: Inputs) -> Inputs:
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
 def _floats_mapped(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:

@@ -120,8 +120,10 @@ def model_sizes(config: ModelConfig, length: int, batch: int = 1) -> Sizes:
 def _shapes(request: Request) -> Iterator[tuple[str, Sizes]]:
     """Every op with every shape it is measured at."""
     if request.shapes is None:
-        for length in request.lengths or LENGTHS:
-            yield from ((name, model_sizes(request.model_config, length)) for name in COSTS)
+        for number, length in enumerate(request.lengths or LENGTHS):
+            # a step of decoding does not depend on the length
+            names = [name for name, cost in COSTS.items() if not (cost.prepared and number)]
+            yield from ((name, model_sizes(request.model_config, length)) for name in names)
         return
     asked = [
         (name, shape | {"L": length})
@@ -171,7 +173,7 @@ def _kernel(name: str, cost: Cost, sizes: Sizes, step: float | None, request: Re
             "kernels", name, what, sizes.named(cost.sizes), dtype_name(request.dtype), passes.backend,
             **milliseconds(spread),
             **meter.roofline(work(sizes, request.dtype.itemsize), spread),
-            step_share=spread.median * calls / step if step else None,
+            step_share=spread.median * calls / step if step and cost.backward else None,
             kept_bytes=passes.kept_bytes if what == "forward" else None,
             peak_bytes=peak,
             error=error,

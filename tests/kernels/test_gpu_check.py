@@ -212,7 +212,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Sizes(B=1, L=32, D=128, H=2, Z=12, V=36, F=29, N=3, G=4, C=8)
     monkeypatch.setattr(gpu_check, "HAS_GPU", True)
     monkeypatch.setattr(gpu_check, "WIDTH", small)
-    monkeypatch.setattr(gpu_check, "NARROW", {"D": 24})
+    monkeypatch.setattr(gpu_check, "NARROW", {"D": 24, "V": 24})
     monkeypatch.setattr(gpu_check, "TOKENS", (64, 32))
     monkeypatch.setattr(gpu_check, "_compile_all", lambda *_: None)
     for name, value in (("matmul_rate", 1e11), ("copy_rate", 1e10)):
