@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 BF16, F32, F64, I32, I64, BOOL, INT = "*bf16", "*fp32", "*fp64", "*i32", "*i64", "*i1", "i32"
 
 
@@ -123,7 +125,49 @@ def _timestep_norm() -> list[Production]:
     ]
 
 
-PRODUCTION = {"norm": _norm, "swiglu": _swiglu, "decode": _decode, "timestep_norm": _timestep_norm}
+def _chunk_attention() -> list[Production]:
+    """One head of 256 query and 2,048 value features."""
+    import triton.language as tl
+
+    from megalodon_kernels.chunk_attention.kernel import tiles
+
+    t, H, Z, V = tiles(torch.bfloat16), 4, 256, 2048
+    common = {"H": H, "TILE": t.tile, "WIDE": tl.float32}
+    sizes = {"L": INT, "S": INT}
+    slab = sizes | {"RING": INT, "tiles_a_head": INT, "first_tile": INT, "begin_ptr": I32}
+    score = slab | {"q_ptr": BF16, "k_ptr": BF16, "lse_ptr": F32, "weights_ptr": BF16}
+    d_score = slab | {"do_ptr": BF16, "v_ptr": BF16, "weights_ptr": BF16, "delta_ptr": F32, "ds_ptr": BF16}
+    mix = slab | {"weights_ptr": BF16, "x_ptr": BF16, "end_ptr": I32, "out_ptr": BF16}
+    gated = mix | {"gate_ptr": BF16, "mixed_ptr": BF16}
+    collect = {name: type_ for name, type_ in mix.items() if name != "first_tile"} | {"first_head": INT}
+    ungate = dict.fromkeys(("dy_ptr", "mixed_ptr", "gate_ptr", "do_ptr", "dgate_ptr"), BF16) | {
+        "delta_ptr": F32,
+        "num_rows": INT,
+    }
+    inner, outer = common | {"KEYS": t.keys, "STEP": t.step}, common | {"COLUMNS": t.columns, "STEP": t.step}
+    log_sum_exp = {"q_ptr": BF16, "k_ptr": BF16, "begin_ptr": I32, "lse_ptr": F32} | sizes
+    pipelined = {"warps": t.warps, "stages": t.stages, "uses_tensor_cores": True}
+    return [
+        Production("attention lse", "chunk_attention:_log_sum_exp", log_sum_exp, common | {"Z": Z, "STEP": t.lse_step},
+                   warps=t.warps, uses_tensor_cores=True),
+        Production("attention P", "chunk_attention:_score", score, inner | {"Z": Z}, **pipelined),
+        Production("attention dS", "chunk_attention:_d_score", d_score, inner | {"V": V}, **pipelined),
+        Production("attention P v and gate", "chunk_attention:_mix", gated, outer | {"WIDTH": V}, **pipelined),
+        Production("attention dq", "chunk_attention:_mix", mix, outer | {"WIDTH": Z}, **pipelined),
+        Production("attention dk", "chunk_attention:_collect", collect, outer | {"WIDTH": Z}, **pipelined),
+        Production("attention dv", "chunk_attention:_collect", collect, outer | {"WIDTH": V}, **pipelined),
+        Production("attention gate backward", "chunk_attention:_ungate", ungate,
+                   {"WIDTH": V, "BLOCK": V, "ROWS": 1, "WIDE": tl.float32}, warps=8),
+    ]  # fmt: skip
+
+
+PRODUCTION = {
+    "norm": _norm,
+    "swiglu": _swiglu,
+    "decode": _decode,
+    "timestep_norm": _timestep_norm,
+    "chunk_attention": _chunk_attention,
+}
 
 
 def measure(wanted: Production) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Softmax attention inside fixed chunks of a document: what the op promises, and which implementation runs.
 
-Not here: the normalisation and rotation of queries and keys, the gate (megalodon/model).
+Not here: the normalisation and rotation of queries and keys, the projection of the gate (megalodon/model).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +11,10 @@ from torch import Tensor
 from megalodon_kernels.chunk_attention.portable import chunk_attention_portable
 from megalodon_kernels.chunk_attention.reference import chunk_attention_reference
 from megalodon_kernels.dispatch import Backend, check_shapes, choose
+from megalodon_kernels.swiglu import swiglu
 
-IMPLEMENTATIONS = {"reference": chunk_attention_reference, "portable": chunk_attention_portable}
+MOST_QUERY_FEATURES = 256
+"""A kernel holds the queries of a tile in shared memory, all their features."""
 
 
 def chunk_attention(
@@ -22,13 +26,14 @@ def chunk_attention(
     open_k: Tensor | None = None,
     open_v: Tensor | None = None,
     starts: Tensor | None = None,
+    gate: Tensor | None = None,
     *,
     dropout: float = 0.0,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to the tokens of the same chunk of the same document, up to and including oneself.
 
-        y_t = Σ_j softmax_j(q_t · k_j) v_j     over j ≤ t in the chunk of t: equal ⌊position / chunk_size⌋
+        y_t = silu(gate_t) ⊙ Σ_j softmax_j(q_t · k_j) v_j     over j ≤ t in the chunk of t: equal ⌊position / chunk_size⌋
 
     No further scale on the scores: it is in q and k. Megalodon, arXiv 2404.08801, section 3.3.
 
@@ -41,25 +46,51 @@ def chunk_attention(
                     them is ignored. None means P = 0.
         open_v:     (B, P, H, V): its values.
         starts:     (B, L) bool: True at the first token of a document, where the chunks begin anew.
+        gate:       (B, L, H, V) in the dtype of v: the output gate before its SiLU; None means no gate, a factor of 1.
         dropout:    probability that a weight is zeroed after the softmax; the others grow by 1 / (1 - dropout).
     Returns:
         y:          (B, L, H, V) in the dtype of v.
         open_k:     (B, P', H, Z): keys of the chunk that is open after the last token, zero behind each row's own.
         open_v:     (B, P', H, V): its values.
     Raises:
-        ValueError: two sizes disagree; the message shows both.
+        ValueError: two sizes disagree, or gate and v in dtype; the message shows both.
         KernelError: `backend` cannot run this call.
     """
-    if position is None:
-        position = torch.zeros(len(q), dtype=torch.int64, device=q.device)
     if open_k is None or open_v is None:
         open_k, open_v = k[:, :0], v[:, :0]
     # A cache may come from a call in another precision; the dtypes of this call decide.
     open_k, open_v = open_k.to(k.dtype), open_v.to(v.dtype)
-    _check(q, k, v, chunk_size, position, open_k, open_v, starts)
-    run = IMPLEMENTATIONS[choose("chunk_attention", backend, q.device, q.dtype, "it has no kernel yet")]
+    _check(q, k, v, chunk_size, position, open_k, open_v, starts, gate)
+    if position is None:
+        position = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    chosen = choose("chunk_attention", backend, q.device, q.dtype, _unfit(q, dropout))
+    run = IMPLEMENTATIONS[chosen]
     with torch.autocast(q.device.type, enabled=False):
-        return run(q, k, v, chunk_size, position, open_k, open_v, starts, dropout)
+        return run(q, k, v, chunk_size, position, open_k, open_v, starts, gate, dropout)
+
+
+def _unfit(q: Tensor, dropout: float) -> str | None:
+    """Why the kernels cannot take a call."""
+    if dropout:
+        return f"dropout is {dropout}, expected 0"
+    if q.shape[-1] > MOST_QUERY_FEATURES:
+        return f"Z is {q.shape[-1]}, expected at most {MOST_QUERY_FEATURES}"
+    return None
+
+
+def _portable(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *plain, gate, dropout = args
+    y, open_k, open_v = chunk_attention_portable(*plain, dropout)
+    return (y if gate is None else swiglu(gate, y, backend="portable")), open_k, open_v
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from megalodon_kernels.chunk_attention.kernel import chunk_attention_triton
+
+    return chunk_attention_triton(*args)
+
+
+IMPLEMENTATIONS = {"reference": chunk_attention_reference, "portable": _portable, "triton": _triton}
 
 
 def _check(
@@ -67,10 +98,11 @@ def _check(
     k: Tensor,
     v: Tensor,
     chunk_size: int,
-    position: Tensor,
+    position: Tensor | None,
     open_k: Tensor,
     open_v: Tensor,
     starts: Tensor | None,
+    gate: Tensor | None,
 ) -> None:
     if q.dim() != 4 or q.shape[1] < 1:
         raise ValueError(f"chunk_attention: q is {tuple(q.shape)}; expected (B, L, H, Z) with L ≥ 1")
@@ -84,8 +116,16 @@ def _check(
         "open_k": (open_k, (B, P, H, Z)),
         "open_v": (open_v, (B, P, H, V)),
         "starts": (starts, (B, L)),
+        "gate": (gate, (B, L, H, V)),
     }
     check_shapes("chunk_attention", f"q is {tuple(q.shape)}", expected)
+    if gate is not None and gate.dtype != v.dtype:
+        raise ValueError(
+            f"chunk_attention: gate is {gate.dtype} but v is {v.dtype}; expected the same dtype; cast one of them"
+        )
+    # Without a position nothing is open, and with C - 1 slots there is room for any: no need to wait for the device.
+    if position is None or P >= chunk_size - 1:
+        return
     filled = int((position % chunk_size).max())
     if filled > P:
         raise ValueError(

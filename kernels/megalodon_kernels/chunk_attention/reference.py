@@ -14,6 +14,7 @@ def chunk_attention_reference(
     open_k: Tensor,
     open_v: Tensor,
     starts: Tensor | None = None,
+    gate: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `megalodon_kernels.chunk_attention`. Computes in float64 and rounds once, at the end."""
@@ -40,4 +41,6 @@ def chunk_attention_reference(
     longest = max(len(piece) for piece in keys)
     open_k = torch.stack([pad(piece, (0, 0, 0, 0, 0, longest - len(piece))) for piece in keys])
     open_v = torch.stack([pad(piece, (0, 0, 0, 0, 0, longest - len(piece))) for piece in values])
-    return torch.stack(rows).to(v.dtype), open_k, open_v
+    mixed = torch.stack(rows)
+    y = mixed if gate is None else torch.nn.functional.silu(gate.double()) * mixed
+    return y.to(v.dtype), open_k, open_v
