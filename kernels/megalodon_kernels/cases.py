@@ -79,6 +79,9 @@ def _chunk_attention(
         inputs["position"] = torch.tensor([3 * C + 6, 11, C])
         inputs["open_k"] = torch.randn(B, 11, H, Z, generator=draw, dtype=dtype)
         inputs["open_v"] = torch.randn(B, 11, H, V, generator=draw, dtype=dtype)
+    if with_starts:
+        # Half of the cases have a gate, too.
+        inputs["gate"] = torch.randn(B, length, H, V, generator=draw, dtype=dtype)
     return inputs | ({"starts": _starts(B, length, draw)} if with_starts else {})
 
 
