@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import OP, OP_BF16, assert_close
+from tolerances import OP, OP_BF16, OP_BF16_TRUNCATED, assert_close
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import megalodon_kernels
 from megalodon_kernels import KernelError, Statistics
 from megalodon_kernels.cases import cases
+from megalodon_kernels.dispatch import INTERPRETED
 
 OPS = ("cema", "timestep_norm", "chunk_attention")
 """Ops with a state and document starts."""
@@ -165,13 +166,15 @@ def test_chunks_of_several_blocks(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("op", "backend"), [(op, backend) for op, backends in FAST.items() for backend in backends])
 def test_bfloat16_is_the_reference_rounded(op: str, backend: str) -> None:
     """bf16 inputs; statistics, states and sums in float32 or better: a few roundings of the reference on them."""
+    truncated = INTERPRETED and (op, backend) == ("chunk_attention", "triton")
+    tolerance = OP_BF16_TRUNCATED if truncated else OP_BF16
     inputs = case(op, "L150-state-starts" if op in OPS else "L150", torch.float32)
     for name in {"x", "q", "k", "v", "open_k", "open_v", "gate", "a", "b"} & inputs.keys():
         inputs[name] = inputs[name].bfloat16()
     (expected, expected_gradients), (actual, gradients) = (run(op, inputs, b) for b in ("reference", backend))
     for a, e in zip(actual + gradients, expected + expected_gradients, strict=True):
         assert a.dtype == e.dtype
-        assert_close(a, e, OP_BF16)
+        assert_close(a, e, tolerance)
 
 
 def test_a_cache_of_another_precision_takes_that_of_the_call() -> None:

@@ -13,9 +13,6 @@ from megalodon_kernels.chunk_attention.reference import chunk_attention_referenc
 from megalodon_kernels.dispatch import Backend, check_shapes, choose
 from megalodon_kernels.swiglu import swiglu
 
-MOST_QUERY_FEATURES = 256
-"""A kernel holds the queries of a tile in shared memory, all their features."""
-
 
 def chunk_attention(
     q: Tensor,
@@ -33,7 +30,7 @@ def chunk_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to the tokens of the same chunk of the same document, up to and including oneself.
 
-        y_t = silu(gate_t) ⊙ Σ_j softmax_j(q_t · k_j) v_j     over j ≤ t in the chunk of t: equal ⌊position / chunk_size⌋
+        y_t = silu(gate_t) ⊙ Σ_j softmax_j(q_t · k_j) v_j   over j ≤ t in the chunk of t: equal ⌊position / chunk_size⌋
 
     No further scale on the scores: it is in q and k. Megalodon, arXiv 2404.08801, section 3.3.
 
@@ -63,24 +60,25 @@ def chunk_attention(
     _check(q, k, v, chunk_size, position, open_k, open_v, starts, gate)
     if position is None:
         position = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-    chosen = choose("chunk_attention", backend, q.device, q.dtype, _unfit(q, dropout))
-    run = IMPLEMENTATIONS[chosen]
+    unfit = f"dropout is {dropout}, expected 0" if dropout else None
+    run = IMPLEMENTATIONS[choose("chunk_attention", backend, q.device, q.dtype, unfit)]
     with torch.autocast(q.device.type, enabled=False):
         return run(q, k, v, chunk_size, position, open_k, open_v, starts, gate, dropout)
 
 
-def _unfit(q: Tensor, dropout: float) -> str | None:
-    """Why the kernels cannot take a call."""
-    if dropout:
-        return f"dropout is {dropout}, expected 0"
-    if q.shape[-1] > MOST_QUERY_FEATURES:
-        return f"Z is {q.shape[-1]}, expected at most {MOST_QUERY_FEATURES}"
-    return None
-
-
-def _portable(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *plain, gate, dropout = args
-    y, open_k, open_v = chunk_attention_portable(*plain, dropout)
+def _portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    position: Tensor,
+    open_k: Tensor,
+    open_v: Tensor,
+    starts: Tensor | None,
+    gate: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, open_k, open_v = chunk_attention_portable(q, k, v, chunk_size, position, open_k, open_v, starts, dropout)
     return (y if gate is None else swiglu(gate, y, backend="portable")), open_k, open_v
 
 
@@ -124,7 +122,7 @@ def _check(
             f"chunk_attention: gate is {gate.dtype} but v is {v.dtype}; expected the same dtype; cast one of them"
         )
     # Without a position nothing is open, and with C - 1 slots there is room for any: no need to wait for the device.
-    if position is None or P >= chunk_size - 1:
+    if position is None or chunk_size <= P + 1:
         return
     filled = int((position % chunk_size).max())
     if filled > P:

@@ -1,12 +1,12 @@
 """Chunk attention in Triton: weights by tiles, kept for a moment in memory, then products of them with wide values.
 
-Values are 2,048 wide at 7B: an output tile of that width does not fit into registers, and with narrower ones a kernel of
-the flash kind forms the scores anew for every slice of the values (8192 FLOP for a pair of query and key in slices of
-256). So the weights are stored. With r the gate, o = P v, y = silu(r) o:
+Values are 2,048 wide at 7B. An output tile of that width does not fit into registers, and a kernel of the flash kind
+would form the scores anew for every slice of the values: 8192 FLOP a pair of query and key with slices of 256. So the
+weights are stored. With r the gate, o = P v, y = silu(r) o, a pair takes
 
-    forward, 5120 FLOP a pair            lse = log Σ exp(q kᵀ)  ->  P = exp(q kᵀ - lse)  ->  o = P v, y
-    backward, 9728 FLOP a pair           do = dy silu(r),  dr = dy o σ(r)(1 + r (1 - σ(r))),  delta = rowsum(do o)
-                                         P again,  dS = P (do vᵀ - delta)  ->  dq = dS k,  dk = dSᵀ q,  dv = Pᵀ do
+    forward   5120 FLOP   lse = log Σ exp(q kᵀ)  ->  P = exp(q kᵀ - lse)  ->  o = P v, y
+    backward  9728 FLOP   do = dy silu(r),  dr = dy o σ(r)(1 + r (1 - σ(r))),  delta = rowsum(do o)
+                          P again,  dS = P (do vᵀ - delta)  ->  dq = dS k,  dk = dSᵀ q,  dv = Pᵀ do
 
 Kept for the backward: q, k, v, r, o, lse. P and dS live for one slab of the work: the column of key j is j mod RING,
 where RING is a multiple of the tile that no tile of queries reaches beyond, so every tile lies in one piece. dk and dv
@@ -33,7 +33,7 @@ from megalodon_kernels.registration import operator
 
 SLAB_BYTES = 128 << 20
 """Weights that lie in memory at a time. The forward keeps to it; the backward takes at least one head of one sequence,
-whose P and dS in bf16 are 4 L (C + 256) bytes."""
+whose P and dS in bf16 are a little more than 4 L C bytes."""
 ELEMENTS = 2048
 """Values of dy that a program of the gate's backward holds: eight for each thread, a bf16 load of 16 bytes."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -141,6 +141,17 @@ def _slabs(q: Tensor, num_slots: int, chunk_size: int, t: Tiles, bytes_a_weight:
         yield _Slab(first, min(size, total - first), tiles_a_head, ring)
 
 
+def _weights(q: Tensor, k: Tensor, dtype: torch.dtype, lse: Tensor, begin: Tensor, slab: _Slab) -> Tensor:
+    """P of a slab in `dtype`: (queries, ring), undefined where no query of a tile sees a key of the tile."""
+    (_, L, H, Z), S, t = q.shape, k.shape[1], tiles(torch.promote_types(q.dtype, dtype))
+    weights = q.new_empty(slab.size * t.tile, slab.ring, dtype=dtype)
+    _score[(slab.ring // t.keys, slab.size)](
+        q, k, lse, begin, weights, L, S, slab.ring, slab.tiles_a_head, slab.first,
+        H, Z, t.tile, t.keys, t.step, accumulator(q.dtype), num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    return weights
+
+
 @operator("chunk_attention_forward")
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, begin: Tensor, end: Tensor, chunk_size: int
@@ -154,15 +165,12 @@ def attention_forward(
     y = v.new_empty(B, L, H, V)
     mixed = v.new_empty(0) if gate is None else torch.empty_like(y)
     lse = q.new_empty(B, L, H, dtype=_wide(q))
+    step = min(t.lse_step, _block(Z)) if t.lse_step >= Z else t.step
     _log_sum_exp[(triton.cdiv(L, t.tile), B * H)](
-        q, k, begin, lse, L, S, H, Z, t.tile, t.lse_step if Z <= t.lse_step else t.step, wide, num_warps=t.warps, num_stages=2
+        q, k, begin, lse, L, S, H, Z, t.tile, step, wide, num_warps=t.warps, num_stages=2
     )
     for slab in _slabs(q, S, chunk_size, t, v.itemsize, whole=False):
-        weights = v.new_empty(slab.size * t.tile, slab.ring)
-        _score[(slab.ring // t.keys, slab.size)](
-            q, k, lse, begin, weights, L, S, slab.ring, slab.tiles_a_head, slab.first,
-            H, Z, t.tile, t.keys, t.step, wide, num_warps=t.warps, num_stages=t.stages,
-        )  # fmt: skip
+        weights = _weights(q, k, v.dtype, lse, begin, slab)
         columns = min(t.columns, _block(V))
         _mix[(triton.cdiv(V, columns), slab.size)](
             weights, v, gate, begin, end, y, mixed, L, S, slab.ring, slab.tiles_a_head, slab.first,
@@ -193,7 +201,7 @@ def attention_backward(
     end: Tensor,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the forward took and gave, `mixed` being y where there is no gate -> dq, dk, dv, dgate (empty without one)."""
+    """What the forward took and gave, `mixed` being y without a gate -> dq, dk, dv, dgate (empty without a gate)."""
     (B, L, H, Z), S, V = q.shape, k.shape[1], v.shape[-1]
     t, wide = tiles(torch.promote_types(q.dtype, v.dtype)), accumulator(q.dtype)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -205,12 +213,8 @@ def attention_backward(
         dy, mixed, gate, d_mixed, d_gate, delta, B * L * H, V, block, rows, wide, num_warps=8
     )
     for slab in _slabs(q, S, chunk_size, t, v.itemsize + q.itemsize, whole=True):
-        weights = v.new_empty(slab.size * t.tile, slab.ring)
-        d_scores = q.new_empty(slab.size * t.tile, slab.ring)
-        _score[(slab.ring // t.keys, slab.size)](
-            q, k, lse, begin, weights, L, S, slab.ring, slab.tiles_a_head, slab.first,
-            H, Z, t.tile, t.keys, t.step, wide, num_warps=t.warps, num_stages=t.stages,
-        )  # fmt: skip
+        weights = _weights(q, k, v.dtype, lse, begin, slab)
+        d_scores = torch.empty_like(weights, dtype=q.dtype)
         _d_score[(slab.ring // t.keys, slab.size)](
             d_mixed, v, weights, delta, begin, d_scores, L, S, slab.ring, slab.tiles_a_head, slab.first,
             H, V, t.tile, t.keys, t.step, wide, num_warps=t.warps, num_stages=t.stages,
@@ -253,7 +257,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _block(width: int) -> int:
     """Columns that hold `width`: a power of two, at least the 16 that a tensor core takes."""
-    return max(16, triton.next_power_of_2(width))
+    columns: int = max(16, triton.next_power_of_2(width))
+    return columns
 
 
 @triton.jit

@@ -42,5 +42,6 @@ def chunk_attention_reference(
     open_k = torch.stack([pad(piece, (0, 0, 0, 0, 0, longest - len(piece))) for piece in keys])
     open_v = torch.stack([pad(piece, (0, 0, 0, 0, 0, longest - len(piece))) for piece in values])
     mixed = torch.stack(rows)
-    y = mixed if gate is None else torch.nn.functional.silu(gate.double()) * mixed
-    return y.to(v.dtype), open_k, open_v
+    if gate is not None:
+        mixed = torch.nn.functional.silu(gate.double()) * mixed
+    return mixed.to(v.dtype), open_k, open_v
