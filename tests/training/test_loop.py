@@ -67,7 +67,7 @@ def test_accumulation_changes_rounding_only(store: Store, tmp_path: Path, micro:
         assert torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-6), name
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0] != losses[1]
+    assert not all(torch.equal(whole[name], parts[name]) for name in whole)  # so the micro-batches were separate passes
 
 
 def test_bits_per_byte_are_nats_over_bytes(store: Store, tmp_path: Path) -> None:
