@@ -7,8 +7,7 @@
 Needs torch and triton and nothing else. An entry that raises is recorded and the rest goes on; what the time does not
 suffice for is listed as skipped. Without a GPU the small shapes of the parity run in Triton's interpreter.
 What an op costs stands in megalodon_kernels/costs.py: an entry there is all that a new op needs to be checked here.
-Not here: kernels, peers (gpu_peers.py), how a sample is taken (megalodon_kernels/measuring.py), whole models
-(`megalodon profile`).
+Not here: kernels, peers (gpu_peers.py), how a sample is taken (measuring.py), whole models (`megalodon profile`).
 """
 
 import argparse
