@@ -28,7 +28,7 @@ roundings, in each tile; tiles are merged in float64."""
 
 OP_BF16_TRUNCATED = 2 * OP_BF16
 """The same where Triton's interpreter runs products on bfloat16: it truncates what is stored, and cutting off is twice
-as far as rounding and always to the same side. Attention is off by 2.0e-2 there, 0.8e-2 where stores are made to round."""
+as far as rounding and always to the same side. Attention is off by 2.0e-2 there, 0.8e-2 where stores round."""
 
 LOGITS = {
     # Errors of 2u a layer in a residual stream of values up to 10, absolute. Released float32 against float64: 5.3e-6.

@@ -101,5 +101,35 @@ def _swiglu(length: int, dtype: torch.dtype, draw: torch.Generator) -> Inputs:
     return {name: 3 * torch.randn(B, length, F, generator=draw, dtype=dtype) for name in ("a", "b")}
 
 
-TOKENWISE = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "swiglu": _swiglu}
+def _qk_rope(length: int, dtype: torch.dtype, draw: torch.Generator) -> Inputs:
+    B, H, P = 4, 2, 3
+    inputs: Inputs = {"z": torch.randn(B, length, H * 2 * P, generator=draw, dtype=dtype)}
+    for name in ("gamma", "beta"):
+        inputs[name] = 0.1 * torch.randn(2, H * 2 * P, generator=draw, dtype=dtype)
+    # A long case shares its positions, the others have their own in each row.
+    angle = 6 * torch.rand(1 if length > 37 else B, length, P, generator=draw, dtype=dtype)
+    return inputs | {"turn": torch.stack([angle.cos(), angle.sin()], -1)}
+
+
+def _linear_cross_entropy(length: int, dtype: torch.dtype, draw: torch.Generator) -> Inputs:
+    D, V, classes = 5, 11, 9
+    targets = torch.randint(classes, (length,), generator=draw)
+    targets[3::5] = -100
+    return {
+        "hidden": torch.randn(length, D, generator=draw, dtype=dtype),
+        "weight": torch.randn(V, D, generator=draw, dtype=dtype),
+        "targets": targets,
+        "block": 16,
+        "num_classes": classes,
+        "z_loss": 0.1,
+    }
+
+
+TOKENWISE = {
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "swiglu": _swiglu,
+    "qk_rope": _qk_rope,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
 """Ops that treat every token by itself: no state, no document starts."""

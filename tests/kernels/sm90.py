@@ -161,12 +161,36 @@ def _chunk_attention() -> list[Production]:
     ]  # fmt: skip
 
 
+def _qk_rope() -> list[Production]:
+    import triton.language as tl
+
+    common = {"Z": 1024, "SIZE": 256, "BLOCK": 256, "WIDE": tl.float32}
+    pointers = {"z_ptr": BF16, "gamma_ptr": F32, "turn_ptr": F32, "num_tokens": INT, "num_turns": INT}
+    pointers |= {"eps": "fp32", "shrink": "fp32"}
+    forward = pointers | {"beta_ptr": F32, "q_ptr": BF16, "k_ptr": BF16}
+    backward = pointers | {"dq_ptr": BF16, "dk_ptr": BF16, "dz_ptr": BF16, "d_gamma_ptr": F32, "d_beta_ptr": F32}
+    return [
+        Production("qk_rope forward", "qk_rope:_forward", forward, common | {"ROWS": 8}, warps=8),
+        Production("qk_rope backward", "qk_rope:_backward", backward, common | {"ROWS": 4}, warps=4),
+    ]
+
+
+def _linear_cross_entropy() -> list[Production]:
+    import triton.language as tl
+
+    common = {"V": 32_000, "BLOCK": 4096, "GRADIENT": True, "IGNORED": -100, "WIDE": tl.float32}
+    types = {"logits_ptr": BF16, "targets_ptr": I64, "losses_ptr": F32, "log_z_ptr": F32, "z_loss": "fp32"}
+    return [Production("linear_cross_entropy", "linear_cross_entropy:_softmax", types, common, warps=8)]
+
+
 PRODUCTION = {
     "norm": _norm,
     "swiglu": _swiglu,
     "decode": _decode,
     "timestep_norm": _timestep_norm,
     "chunk_attention": _chunk_attention,
+    "qk_rope": _qk_rope,
+    "linear_cross_entropy": _linear_cross_entropy,
 }
 
 

@@ -23,6 +23,8 @@ FAST = {
     "rms_norm": ("portable", "triton"),
     "layer_norm": ("portable", "triton"),
     "swiglu": ("portable", "triton"),
+    "qk_rope": ("portable", "triton"),
+    "linear_cross_entropy": ("portable", "triton"),
 }
 """Op -> the implementations that must agree with its reference."""
 WITH_STATE = [(op, backend) for op in OPS for backend in ("reference", *FAST[op])]
@@ -92,8 +94,12 @@ def test_each_implementation_is_the_reference(op: str, backend: str, name: str, 
 def test_gradcheck(op: str, backend: str) -> None:
     """Numerical derivatives in float64 of every input, states included, with document starts."""
     inputs = case(op, "L37-state-starts" if op in OPS else "L37", torch.float64)
-    length = 2 if op not in OPS else 7
-    short = {k: v[:, :length] if k in ("x", "q", "k", "v", "gate", "starts") else v for k, v in inputs.items()}
+    length = 1 if op not in OPS else 7
+    short = {
+        k: v[:, :length] if k in ("x", "q", "k", "v", "z", "turn", "gate", "starts") else v for k, v in inputs.items()
+    }
+    short |= {k: v[:4] for k, v in inputs.items() if k in ("hidden", "targets")}
+    fixed = {"turn": short.pop("turn")} if "turn" in short else {}
     leaves, tree = tree_flatten(short)
     places = [i for i, x in enumerate(leaves) if is_float(x)]
 
@@ -101,7 +107,7 @@ def test_gradcheck(op: str, backend: str) -> None:
         filled = list(leaves)
         for i, x in zip(places, floats, strict=True):
             filled[i] = x
-        outputs = getattr(megalodon_kernels, op)(**tree_unflatten(filled, tree), backend=backend)
+        outputs = getattr(megalodon_kernels, op)(**tree_unflatten(filled, tree), **fixed, backend=backend)
         return tuple(filter(is_float, tree_flatten(outputs)[0]))
 
     # The interpreter takes 0.2 s a call: there along random directions, not along every axis.
@@ -173,7 +179,7 @@ def test_bfloat16_is_the_reference_rounded(op: str, backend: str) -> None:
     truncated = INTERPRETED and (op, backend) == ("chunk_attention", "triton")
     tolerance = OP_BF16_TRUNCATED if truncated else OP_BF16
     inputs = case(op, "L150-state-starts" if op in OPS else "L150", torch.float32)
-    for name in {"x", "q", "k", "v", "open_k", "open_v", "gate", "a", "b"} & inputs.keys():
+    for name in {"x", "q", "k", "v", "open_k", "open_v", "gate", "a", "b", "z", "hidden"} & inputs.keys():
         inputs[name] = inputs[name].bfloat16()
     (expected, expected_gradients), (actual, gradients) = (run(op, inputs, b) for b in ("reference", backend))
     for a, e in zip(actual + gradients, expected + expected_gradients, strict=True):
@@ -213,6 +219,63 @@ def test_swiglu_refuses_two_dtypes() -> None:
         megalodon_kernels.swiglu(a, a.bfloat16())
 
 
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+@pytest.mark.parametrize(("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_queries_and_keys_come_in_the_dtype_asked_for(backend: Any, narrow: torch.dtype, wide: torch.dtype) -> None:
+    """Another dtype out than in, both ways; the gradient has that of z."""
+    inputs = case("qk_rope", "L37", wide)
+    for dtype, asked in ((wide, narrow), (narrow, wide)):
+        given = inputs | {"z": inputs["z"].to(dtype), "dtype": asked}
+        (expected, _), (actual, gradients) = (run("qk_rope", given, b) for b in ("reference", backend))
+        assert [x.dtype for x in actual] == [asked, asked] and gradients[0].dtype != asked
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, OP_BF16 if narrow == torch.bfloat16 else OP[narrow])
+
+
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+def test_an_ignored_token_has_no_part_in_the_loss_whatever_it_is(backend: Any) -> None:
+    inputs = case("linear_cross_entropy", "L37", torch.float32)
+    scored = inputs["targets"] != -100
+    short = inputs | {name: inputs[name][scored] for name in ("hidden", "targets")}
+    expected, (d_short, d_weight) = run("linear_cross_entropy", short, backend)
+    inputs["hidden"][~scored] = float("nan")
+    actual, gradients = run("linear_cross_entropy", inputs, backend)
+    for a, e in zip([*actual, gradients[1]], [*expected, d_weight], strict=True):
+        assert_close(a, e, OP[torch.float32])
+    assert_close(gradients[0][scored], d_short, OP[torch.float32])
+    assert not gradients[0][~scored].any()
+
+
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+def test_logits_of_any_size_have_a_loss(backend: Any) -> None:
+    """A probability that underflows still has a logarithm, and one gradient alone may be wanted."""
+    hidden = torch.tensor([[300.0], [-300.0], [1.0]], requires_grad=True)
+    weight, targets = torch.tensor([[1.0], [-1.0], [0.5]]), torch.tensor([1, 1, 2])
+    sums = megalodon_kernels.linear_cross_entropy(hidden, weight, targets, backend=backend)
+    expected = torch.nn.functional.cross_entropy((hidden @ weight.mT).double(), targets, reduction="sum")
+    assert_close(sums.loss, expected, OP[torch.float32])
+    (actual,), (wanted,) = (torch.autograd.grad(x, hidden) for x in (sums.objective, expected))
+    assert_close(actual, wanted, OP[torch.float32])
+
+
+def test_operators_are_registered_as_they_behave() -> None:
+    """Schemas, fakes and aliasing of the launchers, by PyTorch's own check; a gradient not wanted, too."""
+    from megalodon_kernels.linear_cross_entropy.kernel import linear_cross_entropy_blocks
+    from megalodon_kernels.qk_rope.kernel import qk_rope_backward, qk_rope_forward
+
+    z, gamma, beta, turn = (case("qk_rope", "L1", torch.float32)[n] for n in ("z", "gamma", "beta", "turn"))
+    q, k = qk_rope_forward(z, gamma, beta, turn, 1e-5, torch.float32)
+    logits = [case("linear_cross_entropy", "L37", torch.float32)[n] for n in ("hidden", "weight", "targets")]
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for operator, arguments in (
+        (qk_rope_forward, (z, gamma, beta, turn, 1e-5, torch.float32)),
+        (qk_rope_backward, (q, k, z, gamma, turn, 1e-5)),
+        (linear_cross_entropy_blocks, (*logits, 16, 9, 0.1, torch.float32, True, True)),
+        (linear_cross_entropy_blocks, (*logits, 16, 9, 0.0, torch.float32, True, False)),
+    ):
+        torch.library.opcheck(operator.op, arguments, test_utils=tests)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself does it
 @pytest.mark.parametrize("op", [op for op, backends in FAST.items() if "triton" in backends])
 def test_kernels_run_inside_one_compiled_graph(op: str) -> None:
@@ -239,6 +302,19 @@ def test_a_backend_asked_for_by_name_runs_or_raises(op: str) -> None:
         ("cema", {"h0": (2, 3, 5, 2)}, r"cema: h0 is \(2, 3, 5, 2\)"),
         ("cema", {"x": (2, 0, 5)}, r"cema: x is \(2, 0, 5\); expected \(B, L, D\) with L ≥ 1"),
         ("timestep_norm", {"weight": (23,)}, r"timestep_norm: weight is \(23,\) but x is \(2, 37, 24\)"),
+        ("qk_rope", {"gamma": (2, 29)}, r"qk_rope: gamma is \(2, 29\) but z is \(4, 37, 12\); expected \(2, 12\)"),
+        ("qk_rope", {"turn": (4, 36, 3, 2)}, r"qk_rope: turn is \(4, 36, 3, 2\) but z is \(4, 37, 12\)"),
+        ("qk_rope", {"z": (4, 37, 11)}, r"qk_rope: z is \(4, 37, 11\) and turn \(4, 37, 3, 2\); expected \(B, L, Z\)"),
+        (
+            "linear_cross_entropy",
+            {"weight": (11, 6)},
+            r"weight is \(11, 6\) but hidden is \(37, 5\); expected \(11, 5\)",
+        ),
+        (
+            "linear_cross_entropy",
+            {"hidden": (2, 37, 5)},
+            r"hidden is \(2, 37, 5\) and weight \(11, 5\); expected \(T, D\)",
+        ),
         ("chunk_attention", {"v": (3, 36, 2, 5)}, r"chunk_attention: v is \(3, 36, 2, 5\) but q is \(3, 37, 2, 4\)"),
     ],
 )
