@@ -88,16 +88,18 @@ def _sin_series(z):
 @triton.jit
 def then(a1_re, a1_im, b1_re, b1_im, a2_re, a2_im, b2_re, b2_im):
     """Two steps h ← a h + b, the first before the second, as one: for `tl.associative_scan` over (re, im) pairs."""
-    b_re = a2_re * b1_re - a2_im * b1_im + b2_re
-    b_im = a2_re * b1_im + a2_im * b1_re + b2_im
+    # In this order each line is two fused operations.
+    b_re = b2_re + a2_re * b1_re - a2_im * b1_im
+    b_im = b2_im + a2_re * b1_im + a2_im * b1_re
     return a1_re * a2_re - a1_im * a2_im, a1_re * a2_im + a1_im * a2_re, b_re, b_im
 
 
 @triton.jit
 def then_selecting(a1_re, a1_im, b1_re, b1_im, a2_re, a2_im, b2_re, b2_im):
-    """`then`, where a = 0 forgets by selection: 0 · NaN would carry a NaN of one document into the next."""
+    """`then`, where a = 0 forgets by selection: 0 · NaN would carry a NaN of one document into the next.
+
+    Only b needs that: a is a decay, always finite.
+    """
     a_re, a_im, b_re, b_im = then(a1_re, a1_im, b1_re, b1_im, a2_re, a2_im, b2_re, b2_im)
     forget = (a2_re == 0) & (a2_im == 0)
-    a_re = tl.where(forget, tl.zeros_like(a_re), a_re)
-    a_im = tl.where(forget, tl.zeros_like(a_im), a_im)
     return a_re, a_im, tl.where(forget, b2_re, b_re), tl.where(forget, b2_im, b_im)

@@ -17,7 +17,7 @@ from megalodon_kernels.dispatch import INTERPRETED
 OPS = ("cema", "timestep_norm", "chunk_attention")
 """Ops with a state and document starts."""
 FAST = {
-    "cema": ("portable",),
+    "cema": ("portable", "triton"),
     "timestep_norm": ("portable", "triton"),
     "chunk_attention": ("portable", "triton"),
     "rms_norm": ("portable", "triton"),

@@ -3,6 +3,8 @@
 Not here: the parameters and their squashing (megalodon/model/cema.py), the norm that follows.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,8 @@ from megalodon_kernels.cema.portable import cema_portable
 from megalodon_kernels.cema.reference import cema_reference
 from megalodon_kernels.dispatch import Backend, check_shapes, choose
 
-IMPLEMENTATIONS = {"reference": cema_reference, "portable": cema_portable}
+MOST_STATES = 32
+"""A kernel holds the states of a channel and the powers they need in registers and shared memory."""
 
 
 def cema(
@@ -49,9 +52,12 @@ def cema(
         KernelError: `backend` cannot run this call.
     """
     _check(x, p, log_decay, angle, gamma, omega, h0, starts)
-    run = IMPLEMENTATIONS[choose("cema", backend, x.device, x.dtype, "it has no kernel yet")]
+    N = p.shape[-1]
+    unfit = None if N <= MOST_STATES else f"N is {N}, expected at most {MOST_STATES}"
+    run = IMPLEMENTATIONS[choose("cema", backend, x.device, x.dtype, unfit)]
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, p, log_decay, angle, gamma, omega, h0, starts)
+        y, h = run(x, p, log_decay, angle, gamma, omega, h0, starts)
+    return y, h
 
 
 def _check(
@@ -77,3 +83,12 @@ def _check(
         "starts": (starts, (B, L)),
     }
     check_shapes("cema", f"x is {tuple(x.shape)} with N = {N}", expected)
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from megalodon_kernels.cema.kernel import cema_triton
+
+    return cema_triton(*args)
+
+
+IMPLEMENTATIONS = {"reference": cema_reference, "portable": cema_portable, "triton": _triton}
