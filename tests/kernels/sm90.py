@@ -183,6 +183,43 @@ def _linear_cross_entropy() -> list[Production]:
     return [Production("linear_cross_entropy", "linear_cross_entropy:_softmax", types, common, warps=8)]
 
 
+def _cema() -> list[Production]:
+    import triton.language as tl
+
+    from megalodon_kernels.cema.kernel import BLOCK, ROW, SUMS, WALK
+
+    shape = {"D": 4096, "N": 16, "BN": 16, "T": ROW, "WIDE": tl.float32}
+    common = {n: F32 for n in ("p_ptr", "powers_ptr")} | {"length": INT, "num_slots": INT}
+    walk = common | {n: F32 for n in ("h0_ptr", "last_ptr", "gamma_ptr", "k_ptr")} | {"x_ptr": BF16, "y_ptr": BF16}
+    sums = common | {n: F32 for n in ("h0_ptr", "d_last_ptr", "sums_ptr", "d_omega_ptr")}
+    sums |= {n: BF16 for n in ("x_ptr", "dy_ptr", "states_ptr")}
+    packed = {"table_ptr": I32, "num_rows_ptr": I32}
+
+    def tile(of: Any) -> dict[str, Any]:
+        return shape | {"BD": of.channels, "M": of.boundaries, "SPLIT": True}
+
+    found = []
+    for name, extra in (("", {}), (", packed", packed)):
+        forward, backward = tile(WALK[16]) | {"REVERSED": False}, tile(WALK[16]) | {"REVERSED": True}
+        warps = {"warps": WALK[16].warps, "stages": 1, "uses_tensor_cores": True}
+        found += [
+            Production(f"cema forward{name}", "cema:walk", walk | extra, forward, **warps),
+            Production(f"cema dx{name}", "cema:walk", walk | extra | {"states_ptr": BF16}, backward, **warps),
+            Production(
+                f"cema sums{name}", "cema:parameter_sums", sums | extra, tile(SUMS[16]), SUMS[16].warps, 1, True
+            ),
+        ]
+    tables = {n: F32 for n in ("p_ptr", "gamma_ptr", "omega_ptr", "powers_ptr", "k_ptr")}
+    tables |= {"log2_decay_ptr": F64, "turns_ptr": F64}
+    last = {n: F32 for n in ("sums_ptr", "d_last_ptr", "p_ptr", "gamma_ptr", "powers_ptr", "d_p_ptr", "d_gamma_ptr")}
+    last |= {"d_log_decay_ptr": F64, "d_angle_ptr": F64, "batch": INT}
+    return [
+        *found,
+        Production("cema tables", "cema:tables", tables, shape),
+        Production("cema parameters", "cema:parameter_gradients", last, shape | {"BLOCK": BLOCK}),
+    ]
+
+
 PRODUCTION = {
     "norm": _norm,
     "swiglu": _swiglu,
@@ -191,6 +228,7 @@ PRODUCTION = {
     "chunk_attention": _chunk_attention,
     "qk_rope": _qk_rope,
     "linear_cross_entropy": _linear_cross_entropy,
+    "cema": _cema,
 }
 
 

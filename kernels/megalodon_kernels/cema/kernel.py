@@ -61,7 +61,7 @@ more. A tensor core takes 16 boundaries at once."""
 SUMS = {16: Tile(8, 16, 8), 32: Tile(4, 16, 8)}
 """The sums take 112 registers of every thread; with four warps for eight channels they would not fit."""
 SMALL = Tile(4, 4, 4)
-"""For the interpreter, which takes about a millisecond for a step of a scan."""
+"""For the interpreter: several programs and several tiles even in small tests."""
 BLOCK = 128
 """Averages a program of `parameter_gradients` works on; there is too little work for it to matter."""
 

@@ -7,7 +7,10 @@ M boundaries, T tokens of a row. A complex value is two tensors, `_re` and `_im`
 import triton
 import triton.language as tl
 
+from megalodon_kernels.dispatch import INTERPRETED
 from megalodon_kernels.kernel_math import cos_sin, mdot, then, then_selecting
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -143,10 +146,27 @@ def states(
     if SELECT:
         decay_re = tl.where(linked[None, :, None], decay_re, 0)
         decay_im = tl.where(linked[None, :, None], decay_im, 0)
+    if _INTERPRETED:
+        return _states_in_turn(decay_re, decay_im, E_re, E_im, i, i0)
+    elif SELECT:
         _, _, E_re, E_im = tl.associative_scan((decay_re, decay_im, E_re, E_im), 1, then_selecting)
+        return E_re, E_im
     else:
         _, _, E_re, E_im = tl.associative_scan((decay_re, decay_im, E_re, E_im), 1, then)
-    return E_re, E_im
+        return E_re, E_im
+
+
+@triton.jit
+def _states_in_turn(decay_re, decay_im, h_re, h_im, i, i0):
+    """The same scan boundary by boundary: the interpreter would take one number after another, at a millisecond each."""
+    for j in range(i0 + 1, i0 + i.shape[0]):
+        before_re, before_im = state_at(h_re, h_im, i, j - 1)
+        a_re, a_im = state_at(decay_re, decay_im, i, j)
+        b_re, b_im = state_at(h_re, h_im, i, j)
+        _, _, b_re, b_im = then_selecting(a_re, a_im, before_re, before_im, a_re, a_im, b_re, b_im)
+        here = (i == j)[None, :, None]
+        h_re, h_im = tl.where(here, b_re[:, None, :], h_re), tl.where(here, b_im[:, None, :], h_im)
+    return h_re, h_im
 
 
 @triton.jit
