@@ -14,7 +14,7 @@ end of a row, and its exponents moved by one (the gradient of a state does not p
 
 so that one kernel serves both. Gradients of the parameters need four sums over rows, all products of matrices,
 
-    S = Σ dyᵀ h,   Z = Σ xᵀ g,   P = Σ dyᵀ x,   A = Σ g ⊙ h           h before, g behind each row; k[τ] = Σ_{i-j=τ} P[i, j]
+    S = Σ dyᵀ h,   Z = Σ xᵀ g,   P = Σ dyᵀ x,   A = Σ g ⊙ h       h before, g behind each row;  k[τ] = Σ_{i-j=τ} P[i, j]
 
 and then, with c = conj(dL/d log q),
 

@@ -43,7 +43,7 @@ def parameter_sums(
 ):  # fmt: skip
     """The sums of one batch row, (NUM_SUMS, D, N), and its part of domega, (D,).
 
-    What the gradients make of the sums is left to `parameter_gradients`: here it would need registers that are not there.
+    What the gradients make of them is left to `parameter_gradients`: here it would need registers that are not there.
     """
     batch = tl.program_id(1).to(tl.int64)
     d, n, t = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, T)

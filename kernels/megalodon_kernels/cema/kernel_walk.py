@@ -1,7 +1,7 @@
 """The kernel that runs CEMA, forward and backward in time, and what the kernels of this op share.
 
-The mathematics stands in kernel.py, where the launchers are. Shapes inside a program: BD channels, BN states (N padded),
-M boundaries, T tokens of a row. A complex value is two tensors, `_re` and `_im`.
+The mathematics stands in kernel.py, where the launchers are. Shapes inside a program: BD channels, BN states (N
+padded), M boundaries, T tokens of a row. A complex value is two tensors, `_re` and `_im`.
 """
 
 import triton
@@ -158,7 +158,7 @@ def states(
 
 @triton.jit
 def _states_in_turn(decay_re, decay_im, h_re, h_im, i, i0):
-    """The same scan boundary by boundary: the interpreter would take one number after another, at a millisecond each."""
+    """The same scan, boundary by boundary: the interpreter's own takes one number after another, a millisecond each."""
     for j in range(i0 + 1, i0 + i.shape[0]):
         before_re, before_im = state_at(h_re, h_im, i, j - 1)
         a_re, a_im = state_at(decay_re, decay_im, i, j)
