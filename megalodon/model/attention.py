@@ -1,6 +1,6 @@
-"""Attention inside chunks: where each token stands, the rotation of queries and keys -> op.
+"""Attention inside chunks: where each token stands, by which angles queries and keys turn -> op.
 
-Not here: the projections and the gate (megalodon.py), the softmax (megalodon_kernels.chunk_attention).
+Not here: the projections and the gate (megalodon.py), the turning itself and the softmax (megalodon_kernels).
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Place(NamedTuple):
         before: (B,) int64: tokens of the current document before this call.
         after:  (B,) int64: the same after it.
         starts: (B, L) bool or None: True at the first token of a document.
-        turn:   (B or 1, L, 1, Z/H/2) complex: the rotation of each token's queries and keys.
+        turn:   (B or 1, L, Z/H/2, 2): cosine and sine by which each token's queries and keys turn.
     """
 
     before: Tensor
@@ -58,12 +58,6 @@ def rotary_frequencies(head_dim: int, base: float) -> Tensor:
     return 1.0 / (base**exponent)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn each adjacent pair of features: (B, L, H, Z/H) by (B, L, 1, Z/H/2) complex, in float32 or better."""
-    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2)
-
-
 def document_positions(before: Tensor, starts: Tensor | None, length: int) -> Tensor:
     """Position of each token in its document: (B, L); (1, L) when all rows are alike."""
     t = torch.arange(length, device=before.device)
@@ -90,9 +84,8 @@ class ChunkAttention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, open_chunk: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, H, ·) queries, keys, values -> (B, L, V), and keys and values of the chunk still open."""
+        """(B, L, H, ·) turned queries and keys, values -> (B, L, V), and keys and values of the chunk still open."""
         open_k, open_v = open_chunk or (None, None)
-        q, k = rotate(q, place.turn).to(v.dtype), rotate(k, place.turn).to(v.dtype)
         y, open_k, open_v = chunk_attention(
             q,
             k,

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import dropout, rms_norm
+from torch.nn.functional import dropout
 
 from megalodon.config import Config
 from megalodon.model.attention import ChunkAttention, Place, Rotary, document_positions
@@ -21,7 +21,7 @@ from megalodon.model.feed_forward import FeedForward
 from megalodon.model.layers import Embedding, Float32Module, Linear, RMSNorm
 from megalodon.model.state import LayerState, State
 from megalodon.model.timestep_norm import TimestepNorm
-from megalodon_kernels import Backend, swiglu
+from megalodon_kernels import Backend, qk_rope, swiglu
 
 
 class ModelConfig(Config):
@@ -158,23 +158,13 @@ class Mega(Float32Module):
         u, norm = self.timenorm(x, state and state.norm, place.starts)
         ema, h = self.cema(u, state and state.cema, place.starts)
         m = dropout(self.rmsnorm(ema), self.hidden_dropout, self.training)
-        q, k = self.queries_and_keys(m)
         v = swiglu(self.wv(u), backend=self.backend).unflatten(-1, (self.num_heads, -1))
+        z = self.wz(m)
+        q, k = qk_rope(z, self.gamma, self.beta, place.turn, eps=self.eps, dtype=v.dtype, backend=self.backend)
         attended, open_k, open_v = self.attention(q, k, v, place, state and (state.k, state.v))
         gated = dropout(swiglu(self.wr(m), attended, backend=self.backend), self.hidden_dropout, self.training)
         y = dropout(self.wh1(m) + self.wh2(gated), self.dropout, self.training)
         return y.to(x.dtype) + x, LayerState(open_k, open_v, norm, h)
-
-    def queries_and_keys(self, m: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> two (B, L, H, Z/H) in float32 or better, before rotation.
-
-        One normalised projection z serves both: (1 + gamma) z / sqrt(Z/H) + beta, row 0 for queries and 1 for keys.
-        """
-        z = self.wz(m).unflatten(-1, (self.num_heads, -1))
-        z = rms_norm(z.to(self.gamma.dtype), z.shape[-1:], eps=self.eps)
-        gamma = (1 + self.gamma).unflatten(-1, (self.num_heads, -1)) / math.sqrt(z.shape[-1])
-        beta = self.beta.unflatten(-1, (self.num_heads, -1))
-        return z * gamma[0] + beta[0], z * gamma[1] + beta[1]
 
 
 class Block(nn.Module):
@@ -309,7 +299,8 @@ class Megalodon(nn.Module):
         before = torch.zeros(B, dtype=torch.int64, device=tokens.device) if state is None else state.position
         position = document_positions(before, starts, L)
         after = (position[:, -1] + 1).expand(B)
-        return Place(before, after, starts, self.rope(position, self.config.chunk_size))
+        turn = torch.view_as_real(self.rope(position, self.config.chunk_size)[:, :, 0])
+        return Place(before, after, starts, turn)
 
     def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64:

@@ -24,6 +24,7 @@ import megalodon
 from megalodon.model.loss import cross_entropy, token_losses
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
+from megalodon_kernels.qk_rope.reference import rotate
 
 pytestmark = needs_golden
 DTYPES = [torch.float32, torch.float64]
@@ -92,7 +93,9 @@ def hidden_values(net: Megalodon, tokens: Tensor) -> dict[str, Tensor]:
         handles += [part.register_forward_hook(keep(prefix + n, which)) for n, (part, which) in named.items()]
 
         def before(_module: torch.nn.Module, inputs: tuple[Tensor, ...], prefix: str = prefix) -> None:
-            found[prefix + "q"], found[prefix + "k"], found[prefix + "v"] = inputs[:3]
+            q, k, found[prefix + "v"], place = inputs[:4]
+            back = place.turn * place.turn.new_tensor([1, -1])  # recorded before the rotation
+            found[prefix + "q"], found[prefix + "k"] = (rotate(x, back) for x in (q, k))
 
         handles.append(mega.attention.register_forward_pre_hook(before))
         if i == 0:

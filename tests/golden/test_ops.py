@@ -9,11 +9,12 @@ from golden_files import names, needs_golden, read
 from tolerances import GOLDEN_OPS, GOLDEN_OPS_HARD, ONE_TOKEN_ZERO, assert_close
 from torch import Tensor, nn
 
-from megalodon.model.attention import Rotary, document_positions, rotate
+from megalodon.model.attention import Rotary, document_positions
 from megalodon.model.cema import Cema
 from megalodon.model.feed_forward import FeedForward
 from megalodon.model.layers import LayerNorm, RMSNorm
 from megalodon_kernels import Statistics, chunk_attention, timestep_norm
+from megalodon_kernels.qk_rope.reference import rotate
 
 pytestmark = needs_golden
 DTYPES = [torch.float32, torch.float64]
@@ -23,6 +24,10 @@ FILE = "ops/ops"
 
 def cases(op: str) -> list[str]:
     return sorted({"/".join(n.split("/")[:2]) for n in names(FILE, f"{op}/")})
+
+
+def turns(layer: Rotary, position: Tensor, chunk_size: int) -> Tensor:
+    return torch.view_as_real(layer(position, chunk_size)[:, :, 0])
 
 
 class Recorded:
@@ -174,7 +179,7 @@ def test_chunk_attention(case: str, backend: Any, dtype: torch.dtype) -> None:
         before += 4 * chunk + cache["open_k"].shape[1]
         cache["position"] = before
     # The recording begins before the rotation; cached keys are rotated.
-    turn = Rotary(8, 10_000.0).to(dtype)(document_positions(before, None, q.shape[1]), chunk)
+    turn = turns(Rotary(8, 10_000.0).to(dtype), document_positions(before, None, q.shape[1]), chunk)
     q, k = rotate(q, turn), rotate(k, turn)
     y, new_k, new_v = chunk_attention(q, k, v, chunk, **cache, backend=backend)
     rec.check("y", y.flatten(2))
@@ -195,10 +200,9 @@ def test_rope(case: str, dtype: torch.dtype) -> None:
     if case == "rope/default":
         assert torch.equal(layer.freqs, read(FILE)[f"{case}/freqs"])
     layer.freqs = rec.input("freqs")
-    turns = layer(torch.arange(12)[None], 100)
-    rec.check("cos_sin", torch.view_as_real(turns[0, :, 0]))
+    rec.check("cos_sin", turns(layer, torch.arange(12)[None], 100)[0])
     length = rec.input("xq").shape[1]
-    turn = layer(torch.arange(3, 3 + length)[None], 100)
+    turn = turns(layer, torch.arange(3, 3 + length)[None], 100)
     for name in ("q", "k"):
         rec.check(f"y{name}", rotate(rec.input(f"x{name}"), turn))
     rec.finish({"freqs", "xq", "xk"})
