@@ -13,6 +13,7 @@ from torch import Tensor
 
 import megalodon_kernels
 from megalodon_kernels.cases import cases
+from megalodon_kernels.cema import kernel
 from megalodon_kernels.cema.kernel import ROW, row_table
 from megalodon_kernels.rows import cut
 
@@ -35,6 +36,16 @@ def triton(**inputs: Any) -> tuple[Tensor, Tensor]:
 def test_lengths_around_a_row_are_the_reference(length: int) -> None:
     inputs = inputs_of(length)
     expected, actual = run("cema", inputs, "reference"), run("cema", inputs, "triton")
+    for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        assert_close(a, e, OP[torch.float64])
+
+
+def test_several_programs_share_the_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three channels by two, and tiles of four boundaries, the second of which begins in the middle of a document."""
+    inputs = inputs_of(37) | {"starts": torch.arange(37).expand(2, 37) == 9}
+    expected = run("cema", inputs, "reference")
+    monkeypatch.setattr(kernel, "SMALL", kernel.Tile(2, 4, 4))
+    actual = run("cema", inputs, "triton")
     for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
         assert_close(a, e, OP[torch.float64])
 
