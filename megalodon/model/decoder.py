@@ -13,14 +13,15 @@ and a GPU is never asked for a number. Not here: the state updates (megalodon_ke
 import math
 import operator
 from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, layer_norm, silu
+from torch.nn.functional import silu
 
 from megalodon.model.megalodon import Block, Megalodon
-from megalodon.model.row_product import row_product
+from megalodon.model.row_product import Scratch, row_product
 from megalodon.model.state import LayerState, State
 from megalodon.model.timestep_norm import TimestepNorm
 from megalodon_kernels import Statistics
@@ -99,28 +100,30 @@ class Decoder:
         if not self._constants.fresh():
             self._constants = _Constants(self.model)
             self._prepare()
+        if tokens.is_cpu:
+            return self._forward(tokens)
         self._tokens.copy_(tokens)
-        if self._tokens.is_cpu:
-            # Only the keys that are there are read. On a GPU the question would cost more than the keys.
-            return self._forward(int(self._position.remainder(self.model.config.chunk_size).max()) + 1).clone()
         return self._replay().clone()
 
     def _prepare(self) -> None:
         """Make what a step needs besides the state: its parts with their buffers."""
         c, B, dtype = self._constants, len(self._position), self.model.output_weight.dtype
         self._tokens, self._slot = torch.zeros_like(self._position), torch.zeros_like(self._position)
-        self._blocks = [_block_step(*pair, self._slot, dtype) for pair in zip(c.blocks, self._layers, strict=True)]
+        scratch: Scratch = {}
+        pairs = zip(c.blocks, self._layers, strict=True)
+        self._blocks = [_block_step(block, layer, self._slot, dtype, scratch) for block, layer in pairs]
         self._final_norm = norm_step(*self._norm, c.norm.scale, c.norm.bias, dtype, eps=c.norm.eps)
-        self._output = c.output.prepare(B)
+        self._output = c.output.prepare(B, scratch)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
-    def _forward(self, longest: int | None) -> Tensor:
-        """The step itself: from `_tokens` to logits, a buffer; every state moves on."""
-        C = self.model.config.chunk_size
-        torch.remainder(self._position, C, out=self._slot)
-        turn = self.model.rope(self._slot[:, None], C)
-        x = embedding(self._tokens, self._constants.embed)
+    def _forward(self, tokens: Tensor) -> Tensor:
+        """The step itself: from tokens to logits; every state moves on."""
+        slot = torch.remainder(self._position, self.model.config.chunk_size, out=self._slot)
+        # Only the keys that are there are read. On a GPU the question would cost more than the keys.
+        longest = int(slot.max()) + 1 if slot.is_cpu else None
+        turn = self._constants.turns.index_select(0, slot)
+        x = self._constants.embed.index_select(0, tokens)
         if self.model.config.scale_emb:
             x = x * math.sqrt(self.model.config.model_dim)
         for step in self._blocks:
@@ -135,12 +138,12 @@ class Decoder:
         The first step runs as it is, which compiles the kernels; the second is recorded; from there on it is replayed.
         """
         if self._logits is None:
-            self._logits = self._forward(None)
+            self._logits = self._forward(self._tokens)
             return self._logits
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._logits = self._forward(None)
+                self._logits = self._forward(self._tokens)
         self._graph.replay()
         return self._logits
 
@@ -177,27 +180,35 @@ class _Constants:
 
     def __init__(self, model: Megalodon) -> None:
         # The dictionaries in which the parameters hang: one put in place of another is noticed too.
-        self._owners = [module._parameters for module in model.modules() if module._parameters]
-        self._seen = self._look()
+        self._owners = [*(module._parameters for module in model.modules()), model.rope._buffers]
+        self._ids = self._look()
+        self._parameters = [p for owner in self._owners for p in owner.values() if p is not None]
+        # Torch counts no changes of those made for inference.
+        self._counted = [p for p in self._parameters if not p.is_inference()]
+        self._places, self._versions = self._measure()
         # Roundings of millions of steps must not add up in the state: on a CPU float64 costs little.
         cpu, matrix = model.device.type == "cpu", model.output_weight
         self.wide = torch.float64 if cpu else torch.promote_types(matrix.dtype, torch.float32)
         pack = sum(p.numel() * p.element_size() for p in model.parameters()) <= PACK_LIMIT
         with torch.inference_mode():
             self.embed = model.embed.weight.detach()
+            places = torch.arange(model.config.chunk_size, device=model.device)[:, None]
+            self.turns = model.rope(places, model.config.chunk_size)  # (C, 1, 1, Z/H/2)
             self.blocks = [_BlockConstants(cast(Block, block), self.wide, pack) for block in model.layers]
             self.norm = _NormConstants(model.output.final_norm, self.wide)
-            self.output = row_product(model.output.output, pack=pack)
+            self.output = row_product([model.output.output], pack=pack)
 
     def fresh(self) -> bool:
         """Whether the parameters are still those that this was formed from."""
-        return self._look() == self._seen
+        return self._look() == self._ids and self._measure() == (self._places, self._versions)
 
-    def _look(self) -> tuple[list[int], list[int]]:
-        """Where each parameter lies and how often it was changed; for those made for inference torch does not count."""
-        parameters = [p for owner in self._owners for p in owner.values() if p is not None]
-        counted = [p for p in parameters if not p.is_inference()]
-        return list(map(Tensor.data_ptr, parameters)), list(map(_VERSION, counted))
+    def _look(self) -> list[int]:
+        """Which parameters there are."""
+        return list(map(id, chain.from_iterable(map(dict.values, self._owners))))
+
+    def _measure(self) -> tuple[list[int], list[int]]:
+        """Where each parameter lies and how often it was changed."""
+        return list(map(Tensor.data_ptr, self._parameters)), list(map(_VERSION, self._counted))
 
 
 _VERSION = operator.attrgetter("_version")
@@ -226,50 +237,55 @@ class _BlockConstants:
         # z is divided by its root mean square and by √(Z/H), so by its norm. Row 0 is for queries, row 1 for keys.
         self.z_scale, self.z_bias = (x.view(2, mega.num_heads, -1) for x in (1 + mega.gamma, mega.beta))
         self.z_floor = mega.gamma.new_tensor(math.sqrt(self.z_scale.shape[-1] * mega.eps))
-        self.value, self.hidden_2 = row_product(mega.wv, pack=pack), row_product(mega.wh2, pack=pack)
-        from_m = mega.wz, mega.wr, mega.wh1
-        self.from_m, self.widths = row_product(*from_m, pack=pack), [len(x.weight) for x in from_m]
+        # One product for what comes from u and what comes from m: a call less.
+        self.widen = row_product([mega.wv], [mega.wr, mega.wz, mega.wh1], pack=pack)
+        self.hidden_2 = row_product([mega.wh2], pack=pack)
         weight, bias = nffn.norm.weight, nffn.norm.bias
         self.layer_norm = (D,), None if weight is None else 1 + weight, bias, nffn.norm.eps
-        first = [nffn.fc1] if nffn.fc3 is None else [nffn.fc1, nffn.fc3]
-        self.swiglu, self.first, self.second = (
-            nffn.fc3 is not None,
-            row_product(*first, pack=pack),
-            row_product(nffn.fc2, pack=pack),
-        )
+        self.swiglu = nffn.fc3 is not None
+        self.first = row_product([nffn.fc1] if nffn.fc3 is None else [nffn.fc1, nffn.fc3], pack=pack)
+        self.second = row_product([nffn.fc2], pack=pack)
         self.alpha = nffn.alpha
 
 
 BlockStep = Callable[[Tensor, Tensor, int | None], Tensor]
 
 
-def _block_step(c: _BlockConstants, state: _Layer, slot: Tensor, dtype: torch.dtype) -> BlockStep:
+def _block_step(c: _BlockConstants, state: _Layer, slot: Tensor, dtype: torch.dtype, scratch: Scratch) -> BlockStep:
     """x (B, D), the rotation of this place (B, 1, 1, Z/H/2), the most keys any row sees -> (B, D)."""
-    (B, H, _, dz), wide = state.k.shape, c.z_scale.dtype
+    (B, H, _, dz), wide, eps = state.k.shape, c.z_scale.dtype, c.norm.eps
     cema = c.p, c.q, c.gamma, c.omega
-    norm_cema = norm_cema_step(*state.norm, state.h, c.norm.scale, c.norm.bias, *cema, dtype, eps=c.norm.eps)
-    attend = attention_step(state.k, state.v, slot)
-    from_m, value, hidden_2, first, second = (x.prepare(B) for x in (c.from_m, c.value, c.hidden_2, c.first, c.second))
+    norm_cema = norm_cema_step(*state.norm, state.h, c.norm.scale, c.norm.bias, *cema, dtype, eps=eps)
+    attend, feed_forward = attention_step(state.k, state.v, slot), _feed_forward_step(c, B, dtype, scratch)
+    widen, widths, hidden_2 = c.widen.prepare(B, scratch), c.widen.widths, c.hidden_2.prepare(B, scratch)
     qk = c.z_scale.new_empty(B, 2, H, dz)
-    pairs = torch.view_as_complex(qk.view(B, 2, H, -1, 2))
+    pairs, queries_and_keys = torch.view_as_complex(qk.view(B, 2, H, -1, 2)), qk.unbind(1)
     rms_floor, rms_scale, z_floor, z_scale, z_bias = c.rms_floor, c.rms_scale, c.z_floor, c.z_scale, c.z_bias
-    layer_norm_of, swiglu, alpha = c.layer_norm, c.swiglu, c.alpha
-    length = torch.linalg.vector_norm
+    length, hypot, split = torch.linalg.vector_norm, torch.hypot, torch.split_with_sizes
 
     def step(x: Tensor, turn: Tensor, longest: int | None) -> Tensor:
         u, ema = norm_cema(x)
         ema = ema.to(wide)
-        m = ema.div(torch.hypot(length(ema, dim=-1, keepdim=True), rms_floor)).mul_(rms_scale).to(dtype)
-        z, r, y = from_m(m).split(c.widths, -1)
-        z = z.reshape(B, 1, H, dz).to(wide)
-        torch.addcmul(z_bias, z / torch.hypot(length(z, dim=-1, keepdim=True), z_floor), z_scale, out=qk)
+        m = ema.div(hypot(length(ema, dim=-1, keepdim=True), rms_floor)).mul_(rms_scale)
+        v, _, r, z, y = split(widen(u, m), widths, -1)
+        z = z.view(B, 1, H, dz).to(wide)
+        torch.addcmul(z_bias, z.div(hypot(length(z, dim=-1, keepdim=True), z_floor)), z_scale, out=qk)
         pairs.mul_(turn)
-        q, k = qk.to(dtype).unbind(1)
-        attended = attend(q, k, silu(value(u)).view(B, H, -1), longest)
-        y = hidden_2(silu(r).mul_(attended.view(B, -1))).add_(y).add_(x)
-        hidden = first(layer_norm(y.to(wide), *layer_norm_of).to(dtype))
+        attended = attend(*queries_and_keys, silu(v).view(B, H, -1), longest)
+        return feed_forward(x, hidden_2(silu(r).mul_(attended.view(B, -1))).add_(y).add_(x))
+
+    return step
+
+
+def _feed_forward_step(c: _BlockConstants, B: int, dtype: torch.dtype, scratch: Scratch) -> Callable[..., Tensor]:
+    """The block's input x (B, D) and y (B, D) after the attention half -> (B, D)."""
+    first, second, wide = c.first.prepare(B, scratch), c.second.prepare(B, scratch), c.z_scale.dtype
+    (shape, weight, bias, eps), swiglu, alpha, split = c.layer_norm, c.swiglu, c.alpha, torch.split_with_sizes
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        hidden = first(torch.layer_norm(y.to(wide), shape, weight, bias, eps))
         if swiglu:
-            gate, hidden = hidden.chunk(2, -1)
+            gate, hidden = split(hidden, c.first.widths, -1)
             hidden = silu(gate).mul_(hidden)
         else:
             hidden = silu(hidden)

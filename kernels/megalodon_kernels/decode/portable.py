@@ -16,23 +16,26 @@ def norm_step_portable(
 ) -> Callable[[Tensor], Tensor]:
     """See `megalodon_kernels.decode.norm_step`."""
     (B, G), D, scale, bias = mean.shape, len(scale), scale.to(mean.dtype), bias.to(mean.dtype)
-    wide = mean.new_empty(B, D)
-    groups, channels = wide.view(B, G, -1), wide.view(1, B * G, -1)
-    channel_mean, channel_var = mean.view(-1), var.view(-1)
+    wide, y = mean.new_empty(B, D), torch.empty(B, D, dtype=dtype, device=mean.device)
+    groups, channels, grid = wide.view(B * G, -1), wide.view(1, B * G, -1), wide.view(B, G, -1)
+    channel_mean, channel_var, width = mean.view(-1), var.view(-1), (D // G,)
     rate, step, left = mean.new_empty(B, 1), torch.empty_like(mean), torch.empty_like(mean)
-    counter, y = count[:, None], torch.empty(B, D, dtype=dtype, device=mean.device)
+    counter, one = count[:, None], mean.new_ones(1, 1)
+    scale, bias = scale.view(G, -1), bias.view(G, -1)
 
     def run(x: Tensor) -> Tensor:
         wide.copy_(x)
-        s, m = torch.var_mean(groups, -1, correction=0)
-        rate.copy_(counter.add_(1)).reciprocal_()
-        # The step of the mean times what is left of the way to m is d²(n - 1)/n², and 0 at the first token.
-        torch.sub(m, mean, out=step).mul_(rate)
-        mean.add_(step)
-        var.lerp_(s, rate).addcmul_(step, torch.sub(m, mean, out=left))
+        # A layer norm gives mean and 1/deviation of each group in half the time of var_mean. A variance of 0 is 1/∞².
+        _, m, r = torch.native_layer_norm(groups, width, None, None, 0.0)
+        m, s = m.view(B, G), r.view(B, G).pow_(-2)
+        torch.div(one, counter.add_(1), out=rate)
+        # What the mean moves by, times what is then left, is d²(n - 1)/n for the first of two lerps: 0 at the first token.
+        torch.sub(m, mean, out=step)
+        mean.lerp_(m, rate)
+        var.lerp_(s.addcmul_(step, torch.sub(m, mean, out=left)), rate)
         # Groups as the channels of a batch norm with given statistics: one call instead of six.
         normed = torch.batch_norm(channels, None, None, channel_mean, channel_var, False, 0.0, eps, False)
-        return y.copy_(torch.addcmul(bias, normed.view(B, D), scale, out=wide))
+        return y.copy_(torch.addcmul(bias, normed.view(B, G, -1), scale, out=grid).view(B, D))
 
     return run
 
@@ -53,18 +56,25 @@ def norm_cema_step_portable(
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """See `megalodon_kernels.decode.norm_cema_step`."""
     norm = norm_step_portable(count, mean, var, scale, bias, eps, dtype)
-    states, rotate, weight = (torch.view_as_complex(x) for x in (h, q, gamma))
-    real, weighted, read = h[..., 0], torch.empty_like(states), torch.empty_like(states[..., 0])
-    wide, read_real = h.new_empty(h.shape[:2]), torch.view_as_real(read)[..., 0]
-    column, ema = wide[..., None], torch.empty(wide.shape, dtype=dtype, device=h.device)
+    states, rotate = torch.view_as_complex(h), torch.view_as_complex(q)
+    # Complex numbers as pairs of reals: Re Σ gamma h is a plain sum, and p has the imaginary part 0.
+    pairs, weighted = h.flatten(2), torch.empty_like(h).flatten(2)
+    inflow = torch.stack([p, torch.zeros_like(p)], dim=-1).flatten(1)
+    weight = (gamma * gamma.new_tensor([1, -1])).flatten(1)
+    wide, read, ema = (
+        h.new_empty(h.shape[:2]),
+        h.new_empty(h.shape[:2]),
+        torch.empty(h.shape[:2], dtype=dtype, device=h.device),
+    )
+    column = wide[..., None]
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         u = norm(x)
         wide.copy_(u)
         states.mul_(rotate)
-        real.addcmul_(p, column)
-        torch.sum(torch.mul(states, weight, out=weighted), -1, out=read)
-        return u, ema.copy_(wide.mul_(omega).add_(read_real))
+        pairs.addcmul_(inflow, column)
+        torch.sum(torch.mul(pairs, weight, out=weighted), -1, out=read)
+        return u, ema.copy_(read.addcmul_(wide, omega))
 
     return run
 
