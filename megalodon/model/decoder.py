@@ -119,9 +119,10 @@ class Decoder:
 
     def _forward(self, tokens: Tensor) -> Tensor:
         """The step itself: from tokens to logits; every state moves on."""
-        slot = torch.remainder(self._position, self.model.config.chunk_size, out=self._slot)
+        slot, C = self._slot, self.model.config.chunk_size
+        torch.remainder(self._position, C, out=slot)
         # Only the keys that are there are read. On a GPU the question would cost more than the keys.
-        longest = int(slot.max()) + 1 if slot.is_cpu else None
+        longest = int(slot if len(slot) == 1 else slot.max()) + 1 if slot.is_cpu else None
         turn = self._constants.turns.index_select(0, slot)
         x = self._constants.embed.index_select(0, tokens)
         if self.model.config.scale_emb:
@@ -180,7 +181,8 @@ class _Constants:
 
     def __init__(self, model: Megalodon) -> None:
         # The dictionaries in which the parameters hang: one put in place of another is noticed too.
-        self._owners = [*(module._parameters for module in model.modules()), model.rope._buffers]
+        self._owners = [module._parameters for module in model.modules()]
+        self._owners.append(model.rope._buffers)  # type: ignore[arg-type]  # values may be None in either
         self._ids = self._look()
         self._parameters = [p for owner in self._owners for p in owner.values() if p is not None]
         # Torch counts no changes of those made for inference.
@@ -196,7 +198,7 @@ class _Constants:
             self.turns = model.rope(places, model.config.chunk_size)  # (C, 1, 1, Z/H/2)
             self.blocks = [_BlockConstants(cast(Block, block), self.wide, pack) for block in model.layers]
             self.norm = _NormConstants(model.output.final_norm, self.wide)
-            self.output = row_product([model.output.output], pack=pack)
+            self.output = row_product(model.output.output, pack=pack)
 
     def fresh(self) -> bool:
         """Whether the parameters are still those that this was formed from."""
@@ -204,7 +206,7 @@ class _Constants:
 
     def _look(self) -> list[int]:
         """Which parameters there are."""
-        return list(map(id, chain.from_iterable(map(dict.values, self._owners))))
+        return list(map(id, chain.from_iterable(owner.values() for owner in self._owners)))
 
     def _measure(self) -> tuple[list[int], list[int]]:
         """Where each parameter lies and how often it was changed."""
@@ -237,14 +239,14 @@ class _BlockConstants:
         # z is divided by its root mean square and by √(Z/H), so by its norm. Row 0 is for queries, row 1 for keys.
         self.z_scale, self.z_bias = (x.view(2, mega.num_heads, -1) for x in (1 + mega.gamma, mega.beta))
         self.z_floor = mega.gamma.new_tensor(math.sqrt(self.z_scale.shape[-1] * mega.eps))
-        # One product for what comes from u and what comes from m: a call less.
-        self.widen = row_product([mega.wv], [mega.wr, mega.wz, mega.wh1], pack=pack)
-        self.hidden_2 = row_product([mega.wh2], pack=pack)
+        self.value, self.hidden_2 = row_product(mega.wv, pack=pack), row_product(mega.wh2, pack=pack)
+        from_m = mega.wz, mega.wr, mega.wh1
+        self.from_m, self.widths = row_product(*from_m, pack=pack), [len(x.weight) for x in from_m]
         weight, bias = nffn.norm.weight, nffn.norm.bias
         self.layer_norm = (D,), None if weight is None else 1 + weight, bias, nffn.norm.eps
-        self.swiglu = nffn.fc3 is not None
-        self.first = row_product([nffn.fc1] if nffn.fc3 is None else [nffn.fc1, nffn.fc3], pack=pack)
-        self.second = row_product([nffn.fc2], pack=pack)
+        self.swiglu, self.halves = nffn.fc3 is not None, [len(nffn.fc1.weight)] * 2
+        self.first = row_product(*([nffn.fc1] if nffn.fc3 is None else [nffn.fc1, nffn.fc3]), pack=pack)
+        self.second = row_product(nffn.fc2, pack=pack)
         self.alpha = nffn.alpha
 
 
@@ -257,9 +259,9 @@ def _block_step(c: _BlockConstants, state: _Layer, slot: Tensor, dtype: torch.dt
     cema = c.p, c.q, c.gamma, c.omega
     norm_cema = norm_cema_step(*state.norm, state.h, c.norm.scale, c.norm.bias, *cema, dtype, eps=eps)
     attend, feed_forward = attention_step(state.k, state.v, slot), _feed_forward_step(c, B, dtype, scratch)
-    widen, widths, hidden_2 = c.widen.prepare(B, scratch), c.widen.widths, c.hidden_2.prepare(B, scratch)
+    from_m, value, hidden_2 = (product.prepare(B, scratch) for product in (c.from_m, c.value, c.hidden_2))
     qk = c.z_scale.new_empty(B, 2, H, dz)
-    pairs, queries_and_keys = torch.view_as_complex(qk.view(B, 2, H, -1, 2)), qk.unbind(1)
+    pairs, (queries, keys) = torch.view_as_complex(qk.view(B, 2, H, -1, 2)), qk.unbind(1)
     rms_floor, rms_scale, z_floor, z_scale, z_bias = c.rms_floor, c.rms_scale, c.z_floor, c.z_scale, c.z_bias
     length, hypot, split = torch.linalg.vector_norm, torch.hypot, torch.split_with_sizes
 
@@ -267,11 +269,11 @@ def _block_step(c: _BlockConstants, state: _Layer, slot: Tensor, dtype: torch.dt
         u, ema = norm_cema(x)
         ema = ema.to(wide)
         m = ema.div(hypot(length(ema, dim=-1, keepdim=True), rms_floor)).mul_(rms_scale)
-        v, _, r, z, y = split(widen(u, m), widths, -1)
-        z = z.view(B, 1, H, dz).to(wide)
+        z, r, y = split(from_m(m), c.widths, -1)
+        z = z.reshape(B, 1, H, dz).to(wide)
         torch.addcmul(z_bias, z.div(hypot(length(z, dim=-1, keepdim=True), z_floor)), z_scale, out=qk)
         pairs.mul_(turn)
-        attended = attend(*queries_and_keys, silu(v).view(B, H, -1), longest)
+        attended = attend(queries, keys, silu(value(u)).view(B, H, -1), longest)
         return feed_forward(x, hidden_2(silu(r).mul_(attended.view(B, -1))).add_(y).add_(x))
 
     return step
@@ -280,12 +282,13 @@ def _block_step(c: _BlockConstants, state: _Layer, slot: Tensor, dtype: torch.dt
 def _feed_forward_step(c: _BlockConstants, B: int, dtype: torch.dtype, scratch: Scratch) -> Callable[..., Tensor]:
     """The block's input x (B, D) and y (B, D) after the attention half -> (B, D)."""
     first, second, wide = c.first.prepare(B, scratch), c.second.prepare(B, scratch), c.z_scale.dtype
-    (shape, weight, bias, eps), swiglu, alpha, split = c.layer_norm, c.swiglu, c.alpha, torch.split_with_sizes
+    (shape, weight, bias, eps), swiglu, alpha = c.layer_norm, c.swiglu, c.alpha
+    split, halves = torch.split_with_sizes, c.halves
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         hidden = first(torch.layer_norm(y.to(wide), shape, weight, bias, eps))
         if swiglu:
-            gate, hidden = split(hidden, c.first.widths, -1)
+            gate, hidden = split(hidden, halves, -1)
             hidden = silu(gate).mul_(hidden)
         else:
             hidden = silu(hidden)

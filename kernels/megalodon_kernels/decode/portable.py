@@ -17,9 +17,9 @@ def norm_step_portable(
     """See `megalodon_kernels.decode.norm_step`."""
     (B, G), D, scale, bias = mean.shape, len(scale), scale.to(mean.dtype), bias.to(mean.dtype)
     wide, y = mean.new_empty(B, D), torch.empty(B, D, dtype=dtype, device=mean.device)
-    groups, channels, grid = wide.view(B * G, -1), wide.view(1, B * G, -1), wide.view(B, G, -1)
-    channel_mean, channel_var, width = mean.view(-1), var.view(-1), (D // G,)
-    rate, step, left = mean.new_empty(B, 1), torch.empty_like(mean), torch.empty_like(mean)
+    groups, grid, each_mean, width = wide.view(B * G, -1), wide.view(B, G, -1), mean[..., None], (D // G,)
+    rate, step, left, deviation = mean.new_empty(B, 1), *(torch.empty_like(mean) for _ in range(3))
+    each_deviation, floor = deviation[..., None], mean.new_tensor(eps)
     counter, one = count[:, None], mean.new_ones(1, 1)
     scale, bias = scale.view(G, -1), bias.view(G, -1)
 
@@ -29,13 +29,13 @@ def norm_step_portable(
         _, m, r = torch.native_layer_norm(groups, width, None, None, 0.0)
         m, s = m.view(B, G), r.view(B, G).pow_(-2)
         torch.div(one, counter.add_(1), out=rate)
-        # What the mean moves by, times what is then left, is d²(n - 1)/n for the first of two lerps: 0 at the first token.
+        # The way of the mean times what is then left of it is d²(n - 1)/n, and 0 at the first token.
         torch.sub(m, mean, out=step)
         mean.lerp_(m, rate)
         var.lerp_(s.addcmul_(step, torch.sub(m, mean, out=left)), rate)
-        # Groups as the channels of a batch norm with given statistics: one call instead of six.
-        normed = torch.batch_norm(channels, None, None, channel_mean, channel_var, False, 0.0, eps, False)
-        return y.copy_(torch.addcmul(bias, normed.view(B, G, -1), scale, out=grid).view(B, D))
+        torch.add(var, floor, out=deviation).sqrt_()
+        torch.addcmul(bias, grid.sub_(each_mean).div_(each_deviation), scale, out=grid)
+        return y.copy_(wide)
 
     return run
 
@@ -58,23 +58,21 @@ def norm_cema_step_portable(
     norm = norm_step_portable(count, mean, var, scale, bias, eps, dtype)
     states, rotate = torch.view_as_complex(h), torch.view_as_complex(q)
     # Complex numbers as pairs of reals: Re Σ gamma h is a plain sum, and p has the imaginary part 0.
-    pairs, weighted = h.flatten(2), torch.empty_like(h).flatten(2)
+    pairs, rows = h.flatten(2), h.view(-1, 1, 2 * h.shape[2])
     inflow = torch.stack([p, torch.zeros_like(p)], dim=-1).flatten(1)
-    weight = (gamma * gamma.new_tensor([1, -1])).flatten(1)
-    wide, read, ema = (
-        h.new_empty(h.shape[:2]),
-        h.new_empty(h.shape[:2]),
-        torch.empty(h.shape[:2], dtype=dtype, device=h.device),
-    )
-    column = wide[..., None]
+    weight = (gamma * gamma.new_tensor([1, -1])).flatten(1)[..., None].repeat(len(h), 1, 1)
+    wide, skip = h.new_empty(h.shape[:2]), h.new_empty(h.shape[:2])
+    ema = torch.empty_like(wide, dtype=dtype)
+    column, read = wide[..., None], skip.view(-1, 1, 1)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         u = norm(x)
         wide.copy_(u)
         states.mul_(rotate)
         pairs.addcmul_(inflow, column)
-        torch.sum(torch.mul(pairs, weight, out=weighted), -1, out=read)
-        return u, ema.copy_(read.addcmul_(wide, omega))
+        torch.mul(wide, omega, out=skip)
+        read.baddbmm_(rows, weight)
+        return u, ema.copy_(skip)
 
     return run
 
@@ -90,6 +88,7 @@ def attention_step_portable(
     wide = torch.promote_types(k_cache.dtype, torch.float32)
     # The values are most of what is read: a single head is cut in two, for two threads.
     parts = 2 if B * H == 1 and v_cache.shape[-1] % 2 == 0 and torch.get_num_threads() > 1 else 1
+    columns = keys.mT
     pieces = values.unflatten(-1, (parts, -1)).permute(0, 2, 1, 3).flatten(0, 1)  # (B·H·parts, C, V/parts)
 
     def run(q: Tensor, k: Tensor, v: Tensor, longest: int | None) -> Tensor:
@@ -97,7 +96,7 @@ def attention_step_portable(
         key_places.index_copy_(0, place, k.reshape(B * H, -1).to(k_cache.dtype))
         value_places.index_copy_(0, place, v.reshape(B * H, -1).to(v_cache.dtype))
         seen = longest or C
-        scores = torch.bmm(q.reshape(B * H, 1, -1).to(wide), keys[:, :seen].to(wide).mT)
+        scores = torch.bmm(q.reshape(B * H, 1, -1).to(wide), columns[..., :seen].to(wide))
         if B > 1 or longest is None:
             later = time[:seen] > slot[:, None]
             scores.view(B, H, seen).masked_fill_(later[:, None], float("-inf"))
