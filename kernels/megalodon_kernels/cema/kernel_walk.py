@@ -158,7 +158,7 @@ def states(
 
 @triton.jit
 def _states_by_doubling(a_re, a_im, b_re, b_im, M: tl.constexpr):
-    """The same scan in log M steps of whole tiles: the interpreter's own takes a millisecond for every single number."""
+    """The same scan in log M steps of whole tiles: the interpreter's own takes a millisecond for each single number."""
     m = tl.zeros(b_re.shape, tl.int32) + tl.arange(0, M)[None, :, None]
     reach = 1
     while reach < M:
