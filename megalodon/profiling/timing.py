@@ -24,9 +24,9 @@ from megalodon.profiling.numbers import Shapes
 from megalodon.training.memory import available_memory, is_out_of_memory
 from megalodon.training.optim import OptimConfig
 from megalodon.training.plan import TrainConfig
-from megalodon_kernels import KernelError, use_backend
+from megalodon_kernels import use_backend
 from megalodon_kernels.costs import COSTS, Cost, Sizes
-from megalodon_kernels.measuring import errors, machine, prepare
+from megalodon_kernels.measuring import Errors, errors, machine, prepare
 
 WHAT = ("kernels", "layers", "prefill", "decode", "train", "data")
 OPS = {name: cost.sizes for name, cost in COSTS.items()}
@@ -181,13 +181,11 @@ def _kernel(name: str, cost: Cost, sizes: Sizes, step: float | None, request: Re
         )  # fmt: skip
 
 
-def _errors(name: str, cost: Cost, sizes: Sizes, request: Request) -> Any:
+def _errors(name: str, cost: Cost, sizes: Sizes, request: Request) -> Errors:
     try:
         return errors(cost, sizes, request.dtype, request.device, request.backend)
     except ValueError as error:
         raise InputError(f"{name} at {_said(name, sizes)}: {error}") from None
-    except NotImplementedError as error:  # what PyTorch says of a dtype that an operation does not have
-        raise KernelError(f"{name}: {request.dtype} on {request.device.type}: {str(error).splitlines()[0]}") from None
 
 
 def _said(name: str, sizes: Sizes) -> str:

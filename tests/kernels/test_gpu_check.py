@@ -215,6 +215,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "NARROW", {"D": 24, "V": 24})
     monkeypatch.setattr(gpu_check, "TOKENS", (64, 32))
     monkeypatch.setattr(gpu_check, "_compile_all", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "_backend", lambda cost: "portable")  # the interpreter would take minutes
     for name, value in (("matmul_rate", 1e11), ("copy_rate", 1e10)):
         monkeypatch.setattr(gpu_check, name, lambda *_, value=value: value)
     real = gpu_check.timed
@@ -227,7 +228,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_with_a_gpu_every_phase_has_its_entries(capsys: pytest.CaptureFixture[str]) -> None:
-    # ops with kernels would go through the interpreter at a length of 4096
     names = ("cema", "timestep_norm", "chunk_attention")
     assert run(*(f"--only={name}" for name in names)) == 0
     found = document()

@@ -27,6 +27,8 @@ FAST = {
     "linear_cross_entropy": ("portable", "triton"),
 }
 """Op -> the implementations that must agree with its reference."""
+SEQUENCES = ("x", "q", "k", "v", "z", "turn", "gate", "a", "b", "starts")
+"""Inputs whose second dimension is time."""
 WITH_STATE = [(op, backend) for op in OPS for backend in ("reference", *FAST[op])]
 CASES = [
     (op, backend, name, dtype)
@@ -95,9 +97,7 @@ def test_gradcheck(op: str, backend: str) -> None:
     """Numerical derivatives in float64 of every input, states included, with document starts."""
     inputs = case(op, "L37-state-starts" if op in OPS else "L37", torch.float64)
     length = 1 if op not in OPS else 7
-    short = {
-        k: v[:, :length] if k in ("x", "q", "k", "v", "z", "turn", "gate", "starts") else v for k, v in inputs.items()
-    }
+    short = {k: v[:, :length] if k in SEQUENCES else v for k, v in inputs.items()}
     short |= {k: v[:4] for k, v in inputs.items() if k in ("hidden", "targets")}
     fixed = {"turn": short.pop("turn")} if "turn" in short else {}
     leaves, tree = tree_flatten(short)
