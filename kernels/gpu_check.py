@@ -59,8 +59,9 @@ WIDTH = Sizes()
 TOLERANCES = {"fp32": {"forward": 1e-5, "backward": 3e-5}, "bf16": {"forward": 5.1e-3, "backward": 2**-6}}
 """rms(error) / rms(reference). float32: sums of some hundred to some thousand terms, 6e-8 each, products of three tf32
 parts among them. bfloat16: a rounding of the result is 1.7e-3, of the operands of a product as much, of a gate that the
-portable path forms apart once more; backward as in tests/tolerances.py: in attention dP and the row sum taken from it are each rounded, and where they cancel to a quarter
-that is eight roundings of 2⁻⁹. The interpreter cuts bfloat16 off instead of rounding it: twice that."""
+portable path forms apart once more; backward as in tests/tolerances.py: in attention dP and the row sum taken from it
+are each rounded, and where they cancel to a quarter that is eight roundings of 2⁻⁹. The interpreter cuts bfloat16 off
+instead of rounding it: twice that."""
 SHARES = {"header": 0.08, "parity": 0.43, "timing": 0.89, "system": 1.0}
 """Phase -> the part of the budget at which it ends."""
 NARROW = {"D": 1024, "H": 1, "Z": 256, "V": 2048, "F": 2560, "G": 32}
