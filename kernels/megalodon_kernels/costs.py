@@ -18,7 +18,9 @@ from megalodon_kernels.cema import cema
 from megalodon_kernels.chunk_attention import chunk_attention
 from megalodon_kernels.decode import attention_step as prepare_attention_step
 from megalodon_kernels.decode import norm_cema_step as prepare_norm_cema_step
+from megalodon_kernels.linear_cross_entropy import linear_cross_entropy
 from megalodon_kernels.norm import layer_norm, rms_norm
+from megalodon_kernels.qk_rope import qk_rope
 from megalodon_kernels.swiglu import swiglu
 from megalodon_kernels.timestep_norm import timestep_norm
 
@@ -171,6 +173,13 @@ def _layer_norm(s: Sizes, draw: Draw) -> Inputs:
     return _rms_norm(s, draw) | {"bias": draw.parameter(s.D, scale=0.1)}
 
 
+def _qk_rope(s: Sizes, draw: Draw) -> Inputs:
+    gamma, beta = (draw.parameter(2, s.Z, scale=0.1) for _ in range(2))
+    angle = 6 * draw.uniform(1, s.L, s.Z // s.H // 2)
+    turn = torch.stack([angle.cos(), angle.sin()], -1).to(draw.wide)
+    return {"z": draw(s.B, s.L, s.Z), "gamma": gamma, "beta": beta, "turn": turn}
+
+
 def _chunk_attention(s: Sizes, draw: Draw) -> Inputs:
     # Normalised queries and keys carry 1 / sqrt(Z/H) each: scores are of order 1.
     q, k = ((draw(s.B, s.L, s.H, s.Z // s.H) * (s.Z // s.H) ** -0.25) for _ in range(2))
@@ -184,6 +193,30 @@ def _attention_forward(s: Sizes, size: int) -> Work:
 def _attention_backward(s: Sizes, size: int) -> Work:
     """The scores once more, and five products: dP and dV over V, the scores, dQ and dK over Z."""
     return Work(size * s.tokens * (4 * s.Z + 4 * s.V), s.tokens * s.keys * (6 * s.Z + 4 * s.V))
+
+
+def _linear_cross_entropy(s: Sizes, draw: Draw) -> Inputs:
+    # The matrix is a parameter, rounded for the products by the op; logits are of order 1.
+    return {
+        "hidden": draw(s.tokens, s.D),
+        "weight": draw.parameter(s.vocab_size, s.D, scale=s.D**-0.5),
+        "targets": (draw.uniform(s.tokens) * s.vocab_size).long(),
+    }
+
+
+def _linear_cross_entropy_forward(s: Sizes, size: int) -> Work:
+    """Logits and the gradients of hidden values and matrix: three products. Only what comes and goes is moved."""
+    return Work(_hidden_and_matrix(s, size), 6 * s.tokens * s.D * s.vocab_size)
+
+
+def _linear_cross_entropy_backward(s: Sizes, size: int) -> Work:
+    """Scales the gradients that are there: each is read and written."""
+    return Work(_hidden_and_matrix(s, size), (s.tokens + s.vocab_size) * s.D)
+
+
+def _hidden_and_matrix(s: Sizes, size: int) -> float:
+    """Bytes of hidden values in and their gradient out, and of the matrix and its gradient, in float32."""
+    return 2 * s.D * (size * s.tokens + 4 * s.vocab_size)
 
 
 def _gate(width: str, *, alone: bool = False) -> Callable[[Sizes, Draw], Inputs]:
@@ -257,12 +290,18 @@ COSTS: dict[str, Cost] = {
     "chunk_attention": Cost(
         chunk_attention, "B L H Z V C", _chunk_attention, _attention_forward, _attention_backward
     ),
+    # z in, q and k out; backward z, dq and dk in, dz out. The turn is not counted: it depends on the place alone.
+    "qk_rope": Cost(qk_rope, "B L H Z", _qk_rope, _elements(3, 13, "Z"), _elements(4, 21, "Z")),
     "rms_norm": Cost(rms_norm, "B L D", _rms_norm, _elements(2, 5, "D"), _elements(3, 12, "D")),
     # Three times in a block: in the feed-forward network, at the gate of attention, and on the values without a gate.
     "swiglu": Cost(swiglu, "B L F", _gate("F"), _elements(3, 5, "F"), _elements(5, 10, "F")),
     "gate": Cost(swiglu, "B L V", _gate("V"), _elements(3, 5, "V"), _elements(5, 10, "V")),
     "silu": Cost(swiglu, "B L V", _gate("V", alone=True), _elements(2, 4, "V"), _elements(3, 8, "V")),
     "layer_norm": Cost(layer_norm, "B L D", _layer_norm, _elements(2, 7, "D"), _elements(3, 14, "D")),
+    "linear_cross_entropy": Cost(
+        linear_cross_entropy, "B L D vocab_size", _linear_cross_entropy,
+        _linear_cross_entropy_forward, _linear_cross_entropy_backward, calls=0,
+    ),
     "norm_cema_step": Cost(
         norm_cema_step, "B D N G", _norm_cema_state, _norm_cema_work, None, prepared=True
     ),
