@@ -26,14 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.nn.functional import rms_norm as torch_rms_norm
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the ops are imported
 
 from gpu_peers import PEERS, llama_layer  # noqa: E402
-from megalodon_kernels import KernelError, cema, chunk_attention, layer_norm, rms_norm, swiglu, timestep_norm  # noqa: E402
+from megalodon_kernels import (  # noqa: E402
+    KernelError,
+    cema,
+    chunk_attention,
+    layer_norm,
+    qk_rope,
+    rms_norm,
+    swiglu,
+    timestep_norm,
+)
 from megalodon_kernels.cases import cases  # noqa: E402
 from megalodon_kernels.costs import COSTS, Cost, Draw, Inputs, Sizes  # noqa: E402
 from megalodon_kernels.measuring import (  # noqa: E402
@@ -452,11 +460,11 @@ def layer(x: Tensor, w: Weights, sizes: Sizes, rope_base: float = 10_000.0, eps:
     u, _ = timestep_norm(x, w["mega.timenorm.weight"], w["mega.timenorm.bias"], s.G, eps=eps)
     ema, _ = cema(u, *_coefficients(w), w["mega.cema.omega"][:, 0])
     m = rms_norm(ema, w["mega.rmsnorm.weight"], eps=eps)
-    q, k = _queries_and_keys(product("mega.wz", m), w, s, rope_base, eps)
-    v = swiglu(product("mega.wv", u)).unflatten(-1, (s.H, -1))
-    attended, _, _ = chunk_attention(q.to(x.dtype), k.to(x.dtype), v, s.C)
-    gated = swiglu(product("mega.wr", m), attended.flatten(2))
-    y = x + product("mega.wh1", m) + product("mega.wh2", gated)
+    gamma, beta = w["mega.gamma"], w["mega.beta"]
+    q, k = qk_rope(product("mega.wz", m), gamma, beta, _turn(s, rope_base, gamma), eps=eps)
+    v, gate = (y.unflatten(-1, (s.H, -1)) for y in (swiglu(product("mega.wv", u)), product("mega.wr", m)))
+    attended, _, _ = chunk_attention(q, k, v, s.C, gate=gate)
+    y = x + product("mega.wh1", m) + product("mega.wh2", attended.flatten(2))
     f = layer_norm(y, w["nffn.norm.weight"], w["nffn.norm.bias"], eps=eps)
     return x + product("nffn.fc2", swiglu(product("nffn.fc1", f), product("nffn.fc3", f)))
 
@@ -472,21 +480,13 @@ def _coefficients(w: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return p.to(gamma.dtype), log_decay, angle, gamma / N**0.5
 
 
-def _queries_and_keys(z: Tensor, w: Weights, s: Sizes, rope_base: float, eps: float) -> tuple[Tensor, Tensor]:
-    """(B, L, Z) -> normalised, scaled and rotated queries and keys (B, L, H, Z/H), in float32 or better."""
-    wide, half = w["mega.gamma"].dtype, s.Z // s.H // 2
-    z = torch_rms_norm(z.unflatten(-1, (s.H, -1)).to(wide), (2 * half,), eps=eps)
-    position = torch.arange(s.L, device=z.device) % s.C
-    frequency = 1 / rope_base ** (torch.arange(half, device=z.device).float() / half)
-    angle = position[:, None, None] * frequency.double()
-    turn = torch.polar(torch.ones_like(angle), angle).to(torch.promote_types(wide, torch.complex64))
-
-    def turned(row: int) -> Tensor:
-        scale = (1 + w["mega.gamma"][row]).unflatten(-1, (s.H, -1)) / (2 * half) ** 0.5
-        x = z * scale + w["mega.beta"][row].unflatten(-1, (s.H, -1))
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-
-    return turned(0), turned(1)
+def _turn(s: Sizes, rope_base: float, like: Tensor) -> Tensor:
+    """(1, L, Z/H/2, 2): cosine and sine by which queries and keys turn, formed in float64, then as `like`."""
+    half = s.Z // s.H // 2
+    place = torch.arange(s.L, device=like.device) % s.C
+    frequency = 1 / rope_base ** (torch.arange(half, device=like.device).float() / half)
+    angle = place[:, None] * frequency.double()
+    return torch.stack([angle.cos(), angle.sin()], -1)[None].to(like.dtype)
 
 
 def _layer_weights(s: Sizes, draw: Draw) -> Weights:

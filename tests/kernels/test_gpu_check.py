@@ -209,7 +209,7 @@ def test_a_peer_computes_what_the_op_does(name: str) -> None:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The phases of a GPU on this CPU, small: what they record is right, though not how long it took."""
-    small = Sizes(B=1, L=32, D=128, H=2, Z=12, V=36, F=29, N=3, G=4, C=8)
+    small = Sizes(B=1, L=32, D=128, H=2, Z=12, V=36, F=29, N=3, G=4, C=8, vocab_size=53)
     monkeypatch.setattr(gpu_check, "HAS_GPU", True)
     monkeypatch.setattr(gpu_check, "WIDTH", small)
     monkeypatch.setattr(gpu_check, "NARROW", {"D": 24, "V": 24})
@@ -255,6 +255,20 @@ def test_with_a_gpu_every_phase_has_its_entries(capsys: pytest.CaptureFixture[st
     Path("old.json").write_text(json.dumps(old))
     assert run("--only", "cema", "--against", "old.json") == 1
     assert "slower than old.json: cema forward B1 L64 D128 N3 bf16" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("name", ["qk_rope", "linear_cross_entropy"])
+def test_the_loss_and_the_queries_are_checked_and_timed_too(name: str) -> None:
+    """The loss, whose backward pass only scales; queries and keys, whose turn has no gradient."""
+    assert run("--only", name) == 0
+    found = document()
+    assert found["errors"] == found["skipped"] == []
+    width = {e["metric"] for e in found["parity"] if e["case"] == "D 128, L 4096"}
+    assert width == {"forward", "backward", "tensors that two runs differ in"}
+    timings = {(e["op"], e["pass"], e["shape"]["B"] * e["shape"]["L"]) for e in found["timing"]}
+    assert timings == {(name, what, tokens) for what in ("forward", "backward") for tokens in (64, 32)}
+    assert all(e["ms"] > 0 and e["floor_ms"] > 0 for e in found["timing"])
 
 
 @pytest.mark.usefixtures("stand_in")
