@@ -18,12 +18,11 @@ def cases(op: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Iterato
         for length in (1, 37, 150):
             yield f"L{length}", TOKENWISE[op](length, dtype, draw)
         return
-    make = {"cema": _cema, "timestep_norm": _timestep_norm, "chunk_attention": _chunk_attention}[op]
     for length in (1, 37, 150):
         for with_state in (False, True):
             for with_starts in (False, True):
                 name = f"L{length}" + "-state" * with_state + "-starts" * with_starts
-                yield name, make(length, with_state, with_starts, dtype, draw)
+                yield name, STATEFUL[op](length, with_state, with_starts, dtype, draw)
 
 
 def _starts(batch: int, length: int, draw: torch.Generator) -> Tensor:
@@ -125,6 +124,8 @@ def _linear_cross_entropy(length: int, dtype: torch.dtype, draw: torch.Generator
     }
 
 
+STATEFUL = {"cema": _cema, "timestep_norm": _timestep_norm, "chunk_attention": _chunk_attention}
+"""Ops that remember earlier tokens: with a state and document starts, and without."""
 TOKENWISE = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import megalodon_kernels
 from megalodon.data.tokenizer import ByteTokenizer, train_sentencepiece
 from megalodon.errors import DataError
-from megalodon_kernels import cema, chunk_attention, timestep_norm
-from megalodon_kernels.cases import cases
+from megalodon_kernels.cases import STATEFUL, TOKENWISE, cases
 
 DISTRIBUTION = "megalodon-lm"
 PYTHON = (3, 11)
 """The oldest Python that is supported."""
-OPS: dict[str, Callable[..., Any]] = {"cema": cema, "timestep_norm": timestep_norm, "chunk_attention": chunk_attention}
+OPS: dict[str, Callable[..., Any]] = {name: getattr(megalodon_kernels, name) for name in (*STATEFUL, *TOKENWISE)}
 OP_TOLERANCE = 2e-4
 """Largest |difference| / max(1, largest |value|) of float32 sums of some hundred terms, gradients among them."""
 DISK_PROBE = 32 << 20

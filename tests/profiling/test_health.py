@@ -15,6 +15,8 @@ def test_this_machine_passes_and_every_line_is_there():
     # Disk and memory depend on what else runs here; the rest must be good wherever the tests run.
     assert [c for c in found.values() if c.ok is False and c.name not in ("disk", "memory")] == []
     assert "12 cases forward and backward" in found["op cema"].detail
+    for name in ("rms_norm", "layer_norm", "swiglu", "qk_rope", "linear_cross_entropy"):
+        assert "3 cases forward and backward" in found[f"op {name}"].detail
 
 
 def test_an_op_that_is_wrong_is_found(monkeypatch):
