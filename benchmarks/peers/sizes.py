@@ -5,7 +5,7 @@ A training step of T tokens takes, forward and backward (twice the forward pass)
     6 T P                       P: weights of the linear maps, output matrix included; the embedding is looked up
     3 T n 2 (K + V') (S + 1)/2  attention of n layers: K, V' width of keys and values, all heads; S the longest row a
                                 query sees: the length for Llama, the chunk for Megalodon; what the mask leaves
-    3 T n D (2 R + 8 N)         CEMA by rows of R = 64 tokens: a Toeplitz product, into and out of the N complex states
+    3 T n D (2 R + 8 N)         CEMA by rows of R = 32 tokens: a Toeplitz product, into and out of the N complex states
 
 Norms, activations, rotations, softmax and the optimizer are not counted. Not here: running the models (train.py).
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from megalodon.model.megalodon import PRESETS, ModelConfig
 
-CEMA_ROW = 64
+CEMA_ROW = 32
 """R above, tokens."""
 CLOSE = 0.02
 """Largest difference of the parameters of two sides, as a part."""

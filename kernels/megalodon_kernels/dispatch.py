@@ -6,6 +6,7 @@ silence. What `auto` takes is logged once an op, under the name of this package.
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ LEAST_CAPABILITY = (8, 0)
 """Ampere: the first generation with bfloat16 tensor cores."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton, which reads this variable when a kernel is defined, runs kernels by its interpreter on a CPU."""
+TRITON_IS_HERE = importlib.util.find_spec("triton") is not None
+"""It is installed on Linux alone."""
 
 _instead_of_auto: Backend = "auto"  # a plain global: torch.compile cannot read a ContextVar
 _reported: set[tuple[str, str]] = set()
@@ -31,7 +34,9 @@ class KernelError(RuntimeError):
     exit_code = 3
 
 
-def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, unfit: str | None = None) -> str:
+def choose(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, unfit: str | None = None, shared_memory: int = 0
+) -> str:
     """Return which implementation of `op` runs: "reference", "portable" or "triton".
 
     `auto` takes Triton on a CUDA device of capability 8.0 or above for float32 and bfloat16 inputs that its kernels
@@ -42,6 +47,7 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, unfi
         backend: one of `Backend`.
         device, dtype: of the op's main input.
         unfit: why the kernels cannot take these inputs, as "what came; what was expected"; None if they can.
+        shared_memory: bytes that a block of threads of its largest kernel takes.
     Raises:
         KernelError: `backend` is no backend, or it is "triton" and this call cannot run there.
     """
@@ -50,22 +56,28 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, unfi
     if backend == "auto":
         backend = _instead_of_auto
     if backend == "auto":
-        chosen = "triton" if _obstacle(device, dtype, unfit) is None and device.type == "cuda" else "portable"
+        fits = device.type == "cuda" and _obstacle(device, dtype, unfit, shared_memory) is None
+        chosen = "triton" if fits else "portable"
         _report(op, chosen, device)
         return chosen
-    if backend == "triton" and (obstacle := _obstacle(device, dtype, unfit)):
+    if backend == "triton" and (obstacle := _obstacle(device, dtype, unfit, shared_memory)):
         raise KernelError(f"{op}: backend triton cannot run: {obstacle}; use backend auto or portable")
     return backend
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, unfit: str | None) -> str | None:
+def _obstacle(device: torch.device, dtype: torch.dtype, unfit: str | None, shared_memory: int) -> str | None:
     """What keeps Triton from running a call; None if nothing does."""
+    if not TRITON_IS_HERE:
+        return "Triton is not installed (pip install triton)"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
             return f"the device has compute capability {capability[0]}.{capability[1]}, expected 8.0 or above"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"the dtype is {dtype}, expected float32 or bfloat16"
+        available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        if shared_memory > available:
+            return f"its kernels take {shared_memory >> 10} KiB of shared memory, the device has {available >> 10}"
     elif not INTERPRETED:
         return f"the device is {device.type}, expected cuda (or TRITON_INTERPRET=1, for tests)"
     return unfit

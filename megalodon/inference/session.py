@@ -33,6 +33,9 @@ PIECE = 1024
 faster and leave the heap less even: at 4096, resident memory still grew by 15 % after the first 20,000 tokens."""
 
 
+BROKEN_OFF = "session: a step was broken off half way and took the state with it; continue from a branch"
+
+
 class Session:
     """A model and what it has read so far; one sequence.
 
@@ -57,9 +60,10 @@ class Session:
 
     @property
     def state(self) -> State:
-        """What was read so far, as a value."""
+        """What was read so far, as a value. Raises: InputError if a step was broken off half way."""
         if self._state is None:
-            assert self._decoder is not None
+            if self._decoder is None:
+                raise InputError(BROKEN_OFF)
             self._state = self._decoder.state()
         return self._state
 
@@ -105,15 +109,21 @@ class Session:
 
         The same as feeding it, by a decoder that keeps its state in place: the way to read tokens one by one.
 
-        Raises: ValueError if the id is outside the vocabulary.
+        Raises:
+            ValueError: the id is outside the vocabulary.
+            InputError: an earlier step was broken off half way, by Ctrl-C or for want of memory.
         """
         self._check((token,))
         if not self._decoding:
             self._decoder = Decoder(self.model, self.state) if self._decoder is None else self._decoder.at(self.state)
             self._decoding = True
-        assert self._decoder is not None
-        self._logits = self._decoder.step(torch.tensor([token], device=self.model.device))[0]
-        self._state, self._read = None, self._read + 1
+        decoder = self._decoder
+        # Ours again once the step is whole: broken off in the middle, some layers have moved and some have not.
+        self._decoder = self._state = None
+        if decoder is None:
+            raise InputError(BROKEN_OFF)
+        self._logits = decoder.step(torch.tensor([token], device=self.model.device))[0]
+        self._decoder, self._read = decoder, self._read + 1
         return self._logits
 
     def branch(self) -> "Session":

@@ -142,9 +142,10 @@ class Decoder:
             self._logits = self._forward(self._tokens)
             return self._logits
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._logits = self._forward(self._tokens)
+            self._graph = graph  # only now: a recording that fails leaves none
         self._graph.replay()
         return self._logits
 

@@ -81,5 +81,5 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         # As a matrix, whatever the order in memory: the product takes x with features first as it lies.
-        y: Tensor = linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+        y: Tensor = linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
         return y

@@ -45,11 +45,12 @@ def keep_all(model: Megalodon) -> None:
 def compile_model(model: Megalodon, wanted: Literal["auto"] | bool, device: torch.device) -> str | None:
     """Compile feed-forward networks and RMSNorms in place; return what the user should know of it, if anything.
 
-    Compiled are the parts without a graph break; the ops read document starts on the host and stay as they are. In
-    float32 on CPU cores (AVX-512, torch 2.13, quickstart and books-tiny) a step takes 0.93 to 1.07 of its eager time,
-    the noise of the measurement, and 18 s to 29 s more before the first; whole blocks break 43 times, take 110 s and
-    gain 3 % to 5 %. So `auto` leaves a CPU alone. On a GPU it compiles: the parts are bound by memory there (expected,
-    not measured yet). Each shape is compiled for itself, so that a resumed run computes what an uninterrupted one does.
+    Compiled are the parts without a graph break; the portable ops read document starts on the host and stay as they
+    are. In float32 on CPU cores (AVX-512, torch 2.13, quickstart and books-tiny) a step takes 0.93 to 1.07 of its eager
+    time, the noise of the measurement, and 18 s to 29 s more before the first; whole blocks break 43 times, take 110 s
+    and gain 3 % to 5 %. So `auto` leaves a CPU alone. On a GPU it compiles: the parts are bound by memory there
+    (expected, not measured yet). Each shape is compiled for itself, so that a resumed run computes what an
+    uninterrupted one does.
 
     Args:
         wanted: auto, True: compile or raise, False: never.

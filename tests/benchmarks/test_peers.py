@@ -77,7 +77,7 @@ def test_attention_counts_what_the_masks_leave(length: int) -> None:
     ours, llama = SIZES["tiny"].ours, SIZES["tiny"].llama
     causal = torch.ones(length, length).tril()
     same_chunk = torch.arange(length)[:, None] // ours.chunk_size == torch.arange(length) // ours.chunk_size
-    cema = 3 * ours.num_layers * ours.model_dim * (128 + 8 * ours.cema_ndim)
+    cema = 3 * ours.num_layers * ours.model_dim * (64 + 8 * ours.cema_ndim)
     pairs = float((causal * same_chunk).sum())
     attention = 3 * ours.num_layers * 2 * (ours.z_dim + ours.value_dim) * pairs
     assert ours_flops(ours, length) * length == pytest.approx(length * (6 * num_linear(ours) + cema) + attention)

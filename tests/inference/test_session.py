@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from factories import tiny_config, tiny_model
+from tolerances import LOGITS, assert_near
 
 from megalodon.checkpoint.tensors import save_model
 from megalodon.data.tokenizer import ByteTokenizer
@@ -315,3 +316,23 @@ def test_a_step_of_a_wrong_id_leaves_the_session_where_it_was(model):
             session.step(bad)
     assert session.position == 5
     assert torch.equal(session.logits, logits)
+
+
+def test_a_step_broken_off_half_way_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some layers have moved and some have not: the session says so, and a branch from before goes on."""
+    session = Session(tiny_model())
+    session.feed([1, 2, 3])
+    session.step(4)
+    branch = session.branch()
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(session._decoder, "step", broken)
+        session.step(5)
+    for use in (lambda: session.state, lambda: session.step(5), lambda: session.feed([5]), session.branch):
+        with pytest.raises(InputError, match="a step was broken off half way"):
+            use()
+    whole = Session(branch.model)
+    assert_near(branch.step(5), whole.feed([1, 2, 3, 4, 5]), LOGITS[torch.float32])

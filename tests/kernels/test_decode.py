@@ -163,6 +163,18 @@ def test_sizes_that_disagree_are_named() -> None:
         attention_step(**(attention_inputs(torch.float32)[0] | {"slot": torch.zeros(2, dtype=torch.int64)}))
 
 
+def test_a_state_that_does_not_lie_whole_is_refused() -> None:
+    """Written through a copy, it would stay what it was."""
+    caches = attention_inputs(torch.float32)[0]
+    turned = caches["v_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match=r"attention_step: v_cache has strides .*; expected it contiguous"):
+        attention_step(**(caches | {"v_cache": turned}))
+    inputs = cema_state(torch.float64)
+    turned = inputs["h"].transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(ValueError, match="norm_cema_step: h has strides"):
+        norm_cema_step(**(inputs | {"h": turned}), dtype=torch.float32)
+
+
 def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
     with pytest.raises(KernelError, match="attention_step: backend is 'cuda'; expected one of auto, reference"):
         attention_step(**attention_inputs(torch.float32)[0], backend="cuda")

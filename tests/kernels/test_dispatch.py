@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ def _nothing_reported_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    has = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: has)
     yield
 
 
@@ -64,6 +67,20 @@ def test_triton_by_name_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.Monke
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with pytest.raises(KernelError, match="the device is cpu, expected cuda"):
         choose("cema", "triton", CPU, torch.float32)
+
+
+def test_a_gpu_with_little_shared_memory_is_portable_by_auto_and_named_by_name(hopper: None) -> None:
+    assert choose("cema", "auto", CUDA, torch.float32, shared_memory=227 << 10) == "triton"
+    assert choose("cema", "auto", CUDA, torch.float32, shared_memory=228 << 10) == "portable"
+    with pytest.raises(KernelError, match="its kernels take 228 KiB of shared memory, the device has 227"):
+        choose("cema", "triton", CUDA, torch.float32, shared_memory=228 << 10)
+
+
+def test_without_triton_auto_is_portable_and_the_name_an_error(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "TRITON_IS_HERE", False)
+    assert choose("cema", "auto", CUDA, torch.float32) == "portable"
+    with pytest.raises(KernelError, match="Triton is not installed"):
+        choose("cema", "triton", CUDA, torch.float32)
 
 
 def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,33 @@ def test_no_open_chunk_keeps_no_storage() -> None:
     assert open_k.untyped_storage().nbytes() == open_v.untyped_storage().nbytes() == 0
 
 
+@pytest.mark.parametrize(("op", "backend"), [(op, backend) for op, backends in FAST.items() for backend in backends])
+def test_inputs_may_lie_in_memory_as_they_like(op: str, backend: str) -> None:
+    """Every tensor strided, so that no two neighbours lie side by side: the same bits."""
+    inputs = case(op, "L37-state-starts" if op in OPS else "L37", torch.float32)
+
+    def strided(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return torch.stack([x, torch.full_like(x, 3)], dim=-1)[..., 0] if x.dim() else x
+
+    leaves, tree = tree_flatten(inputs)
+    expected, expected_gradients = run(op, inputs, backend)
+    actual, gradients = run(op, tree_unflatten([strided(x) for x in leaves], tree), backend)
+    for a, e in zip(actual + gradients, expected + expected_gradients, strict=True):
+        assert_close(a, e, OP[torch.float32])
+
+
+@pytest.mark.parametrize("target", [-3, 11])
+def test_a_target_that_is_no_class_is_named(target: int) -> None:
+    inputs = case("linear_cross_entropy", "L37", torch.float32)
+    inputs["targets"][5] = target
+    classes = inputs.get("num_classes") or len(inputs["weight"])
+    assert target < 0 or target >= classes
+    with pytest.raises(ValueError, match=rf"a target is {target}; expected 0 … {classes - 1}, or -100"):
+        megalodon_kernels.linear_cross_entropy(**inputs)
+
+
 @pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
 def test_swiglu_without_a_second_factor_is_silu(backend: Any) -> None:
     a = case("swiglu", "L37", torch.float64)["a"].requires_grad_()

@@ -54,7 +54,8 @@ def cema(
     _check(x, p, log_decay, angle, gamma, omega, h0, starts)
     N = p.shape[-1]
     unfit = None if N <= MOST_STATES else f"N is {N}, expected at most {MOST_STATES}"
-    run = IMPLEMENTATIONS[choose("cema", backend, x.device, x.dtype, unfit)]
+    shared_memory = 112 << 10 if x.dtype == torch.bfloat16 else 208 << 10
+    run = IMPLEMENTATIONS[choose("cema", backend, x.device, x.dtype, unfit, shared_memory)]
     with torch.autocast(x.device.type, enabled=False):
         y, h = run(x, p, log_decay, angle, gamma, omega, h0, starts)
     return y, h

@@ -61,7 +61,7 @@ def chunk_attention(
     if position is None:
         position = torch.zeros(len(q), dtype=torch.int64, device=q.device)
     unfit = f"dropout is {dropout}, expected 0" if dropout else None
-    run = IMPLEMENTATIONS[choose("chunk_attention", backend, q.device, q.dtype, unfit)]
+    run = IMPLEMENTATIONS[choose("chunk_attention", backend, q.device, q.dtype, unfit, SHARED_MEMORY)]
     with torch.autocast(q.device.type, enabled=False):
         return run(q, k, v, chunk_size, position, open_k, open_v, starts, gate, dropout)
 
@@ -88,6 +88,8 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return chunk_attention_triton(*args)
 
 
+SHARED_MEMORY = 192 << 10
+"""Bytes that the kernel of the log-sum-exp takes, the largest of them."""
 IMPLEMENTATIONS = {"reference": chunk_attention_reference, "portable": _portable, "triton": _triton}
 
 
@@ -117,6 +119,10 @@ def _check(
         "gate": (gate, (B, L, H, V)),
     }
     check_shapes("chunk_attention", f"q is {tuple(q.shape)}", expected)
+    if q.dtype != k.dtype:
+        raise ValueError(
+            f"chunk_attention: k is {k.dtype} but q is {q.dtype}; expected the same dtype; cast one of them"
+        )
     if gate is not None and gate.dtype != v.dtype:
         raise ValueError(
             f"chunk_attention: gate is {gate.dtype} but v is {v.dtype}; expected the same dtype; cast one of them"

@@ -104,6 +104,7 @@ def norm_cema_step(
         "scale": (scale, (D,)),
     }
     check_shapes("norm_cema_step", f"p is {tuple(p.shape)} with {B} rows", expected)
+    _check_contiguous("norm_cema_step", h=h)
     run = NORM_CEMA[choose("norm_cema_step", backend, h.device, dtype)]
     return run(count, mean, var, h, scale, bias, p, q, gamma, omega, eps, dtype)
 
@@ -135,6 +136,7 @@ def attention_step(k_cache: Tensor, v_cache: Tensor, slot: Tensor, *, backend: B
         "slot": (slot, (B,)),
     }
     check_shapes("attention_step", f"k_cache is {tuple(k_cache.shape)}", expected)
+    _check_contiguous("attention_step", k_cache=k_cache, v_cache=v_cache, slot=slot)
     run = ATTENTION[choose("attention_step", backend, slot.device, k_cache.dtype)]
     return run(k_cache, v_cache, slot)
 
@@ -172,3 +174,11 @@ def _check_norm(op: str, count: Tensor, mean: Tensor, var: Tensor, scale: Tensor
         "bias": (bias, (D,)),
     }
     check_shapes(op, f"mean is {tuple(mean.shape)} and scale {tuple(scale.shape)}", expected)
+    _check_contiguous(op, count=count, mean=mean, var=var)
+
+
+def _check_contiguous(op: str, **states: Tensor) -> None:
+    """A state is written in place, through views that a copy would lead astray."""
+    for name, state in states.items():
+        if not state.is_contiguous():
+            raise ValueError(f"{op}: {name} has strides {state.stride()}; expected it contiguous; make it so first")

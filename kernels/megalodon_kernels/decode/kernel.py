@@ -94,8 +94,6 @@ def move_norm(
     eps: float,
 ) -> None:
     """x (B, D) -> u, ema (B, D), which are given; every state moves. Without h, the norm alone."""
-    for state in (count, mean, var, u, *(s for s in (h, ema) if s is not None)):
-        assert state.is_contiguous(), "a state of decoding is written in place and must be contiguous"
     (B, D), G = x.shape, mean.shape[1]
     N = 1 if p is None else p.shape[1]
     width, states = triton.next_power_of_2(D // G), triton.next_power_of_2(N)
@@ -115,8 +113,6 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, scores: Tensor, y: Tensor
 ) -> None:
     """q, k (B, H, Z), v (B, H, V) -> y (B, H, V) and the caches, all given; scores (B, H, C) is room to work in."""
-    for state in (k_cache, v_cache, scores, y):
-        assert state.is_contiguous(), "a cache of decoding is written in place and must be contiguous"
     (B, H, C, Z), V, wide = k_cache.shape, v_cache.shape[-1], accumulator(k_cache.dtype)
     _scores[(B * H, triton.cdiv(C, KEYS))](
         q, k, slot, k_cache, scores, H, C, Z, triton.next_power_of_2(Z), KEYS, wide, num_warps=4

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megalodon_kernels.dispatch import Backend, check_shapes, choose
+from megalodon_kernels.linear_cross_entropy.gradients import IGNORE
 from megalodon_kernels.linear_cross_entropy.portable import linear_cross_entropy_portable
 from megalodon_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
@@ -54,6 +55,7 @@ def linear_cross_entropy(
         squares:   () outside the graph.
     Raises:
         ValueError: two sizes disagree; the message shows both.
+        ValueError, too: on a CPU, a target is no class; elsewhere its loss is NaN or infinite.
         KernelError: `backend` cannot run this call.
     """
     if hidden.dim() != 2 or weight.dim() != 2:
@@ -76,6 +78,14 @@ def linear_cross_entropy(
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    # On a GPU this would wait for the device at every step; there such a loss is NaN.
+    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in targets.masked_fill(targets == IGNORE, 0).aminmax())
+        if low < 0 or high >= num_classes:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"linear_cross_entropy: a target is {bad}; expected 0 … {num_classes - 1}, or {IGNORE} to ignore it"
+            )
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # or the gradients would be formed all the same
     run = IMPLEMENTATIONS[choose("linear_cross_entropy", backend, hidden.device, dtype)]

@@ -65,7 +65,7 @@ class _Sums(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors  # type: ignore[attr-defined]
         need_hidden, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         return (
-            d_hidden * grad.to(d_hidden.dtype) if need_hidden else None,
+            d_hidden * grad if need_hidden else None,
             (d_weight * grad).to(ctx.dtype) if need_weight else None,  # type: ignore[attr-defined]
             None,
             None,

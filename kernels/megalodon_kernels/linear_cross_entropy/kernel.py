@@ -52,6 +52,7 @@ def linear_cross_entropy_blocks(
     classes = weight[:num_classes].to(dtype)
     tile = min(BLOCK, triton.next_power_of_2(num_classes))
     buffer = classes.new_empty(min(block, len(hidden)), num_classes)
+    targets = targets.contiguous()
     for begin in range(0, len(hidden), block):
         here = slice(begin, begin + block)
         # An ignored token counts as 0 in every sum: there it has no hidden value, whatever it is.
@@ -99,7 +100,9 @@ def _softmax(
     target = tl.load(targets_ptr + token)
     ignored = target == IGNORED
     row = logits_ptr + token * V
-    chosen = tl.load(row + tl.where(ignored, 0, target)).to(WIDE)
+    # What is no class has no loss that could pass for one: NaN.
+    is_class = (target >= 0) & (target < V)
+    chosen = tl.load(row + target, mask=is_class, other=float("nan")).to(WIDE)
     # Finite, or a block of logits that are all -inf would make it a NaN.
     largest = tl.full((), -1e38, WIDE)
     total = tl.full((), 0, WIDE)

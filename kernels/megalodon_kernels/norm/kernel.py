@@ -36,6 +36,7 @@ class _Norm(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, weight: Tensor | None, bias: Tensor | None, centre: bool, eps: float
     ) -> Tensor:
         x = x.contiguous()
+        weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
         y, mean, rstd = norm_forward(x, weight, bias, centre, eps)
         ctx.save_for_backward(x, weight, mean, rstd)  # type: ignore[arg-type]
         ctx.centre, ctx.bias = centre, None if bias is None else bias.dtype  # type: ignore[attr-defined]

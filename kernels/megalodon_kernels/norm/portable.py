@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x * r
         dy = dy.to(normed.dtype)
         both = dy * normed
-        d_scale = None if scale is None else both.flatten(0, -2).sum(0)
+        d_scale = None if scale is None else both.reshape(-1, both.shape[-1]).sum(0)
         if scale is not None:
             both *= scale
             dy = dy * scale

@@ -75,7 +75,7 @@ def qk_rope_forward(
     if z.numel():
         block = max(2, triton.next_power_of_2(size))
         rows = max(1, min(FORWARD_ELEMENTS // block, triton.next_power_of_2(B * L)))
-        _forward[(Z // size, triton.cdiv(B * L, rows))](
+        _forward[(triton.cdiv(B * L, rows), Z // size)](  # only the first axis is long: others end at 65,535
             z, gamma, beta, turn, q, k, B * L, len(turn) * L, eps, 1 / math.sqrt(size),
             Z, size, block, rows, accumulator(z.dtype), num_warps=_warps(block * rows),
         )  # fmt: skip
@@ -145,10 +145,10 @@ def _forward(
     z_ptr, gamma_ptr, beta_ptr, turn_ptr, q_ptr, k_ptr, num_tokens, num_turns, eps, shrink,
     Z: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) * SIZE
+    head = tl.program_id(1) * SIZE
     column = tl.arange(0, BLOCK)
     in_head = column < SIZE
-    token = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (token < num_tokens)[:, None] & in_head[None, :]
     at = token[:, None] * Z + head + column[None, :]
     z = tl.load(z_ptr + at, mask=inside, other=0).to(WIDE)

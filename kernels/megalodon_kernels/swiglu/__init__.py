@@ -21,7 +21,8 @@ def swiglu(a: Tensor, b: Tensor | None = None, *, backend: Backend = "auto") -> 
     Shazeer 2020, arXiv 2002.05202.
 
     Args:
-        a:  (..., F) float32 or bfloat16 (or float64); computed in float32 or better.
+        a:  (..., F) float32 or bfloat16 (or float64); the kernel computes in float32 or better, the portable path
+            rounds silu(a) first.
         b:  (..., F) in the dtype of a; None means 1.
     Returns:
         y:  (..., F) in the dtype of a.

@@ -92,7 +92,7 @@ class _TimestepNorm(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, *known: Any
     ) -> tuple[Tensor, ...]:
-        x = x.contiguous()
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
         past = [None if value is None else value.contiguous() for value in known]
         y, mean, rstd, count, *final = timestep_norm_forward(x, weight, bias, num_groups, eps, *past)
         ctx.save_for_backward(x, weight, mean, rstd, count, *final[:2], *past)  # type: ignore[arg-type]
