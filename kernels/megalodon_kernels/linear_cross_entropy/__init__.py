@@ -54,8 +54,8 @@ def linear_cross_entropy(
         loss:      () outside the graph.
         squares:   () outside the graph.
     Raises:
-        ValueError: two sizes disagree; the message shows both.
-        ValueError, too: on a CPU, a target is no class; elsewhere its loss is NaN or infinite.
+        ValueError: two sizes disagree; the message shows both. On a CPU also: a target is no class; on a GPU, which
+            is not asked, the loss of such a target is NaN.
         KernelError: `backend` cannot run this call.
     """
     if hidden.dim() != 2 or weight.dim() != 2:

@@ -19,7 +19,7 @@ def norm_portable(x: Tensor, weight: Tensor | None, bias: Tensor | None, centre:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Eager PyTorch makes RMSNorm of single operations, and its gradient too: this takes two thirds of the time.
+    """Eager PyTorch makes RMSNorm of single operations, and its gradient too: this takes fewer passes over x.
 
     With r = 1 / sqrt(mean(x²) + eps), n = x r, g = dy scale:  dx = r (g - n mean(g n)),  dscale = Σ dy n. It works in
     the order in which x lies in memory, features first or last.
