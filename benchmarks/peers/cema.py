@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megalodon_kernels import cema
-from timing import Contest, Ratio, Side, figure
+from timing import Contest, Ratio, Side, constant
 
 CLOSE = 1e-4
 """Largest difference of the sides, relative to the root mean square: phases of float32 at a length of 4,096."""
@@ -56,7 +56,7 @@ def draw(length: int, dim: int, states: int) -> Inputs:
 def cema_by_fft(x: Tensor, p: Tensor, log_decay: Tensor, angle: Tensor, gamma: Tensor, omega: Tensor) -> Tensor:
     """y = irfft(rfft(x) · rfft(k)), k[t] = Re Σ_n gamma p q^t, padded to 2L; plus omega x. (B, L, D) -> (B, L, D)."""
     L = x.shape[1]
-    t = torch.arange(L, dtype=torch.float32)
+    t = torch.arange(L, dtype=torch.float32, device=x.device)
     log_q = torch.complex(log_decay.float(), angle.float())
     weights = torch.view_as_complex(gamma) * p
     kernel = (weights[..., None] * torch.exp(log_q[..., None] * t)).sum(1).real  # (D, L)
@@ -107,7 +107,7 @@ def _against_fft(length: int, dim: int, states: int) -> Contest:
     }
     saved = {name: saved_bytes(lambda run=run: run(*inputs), inputs) / inputs.x.nbytes for name, run in runs.items()}
     constants = [
-        figure("ours: saved for backward beside the inputs, over x", [saved["ours"]], at_most=1.5),
-        figure("FFT: saved for backward beside the inputs, over x", [saved["FFT"]]),
+        constant("ours: saved for backward beside the inputs, over x", saved["ours"], at_most=1.5),
+        constant("FFT: saved for backward beside the inputs, over x", saved["FFT"]),
     ]
     return Contest(sides, [Ratio("speed over the FFT formulation", "ours", "FFT", at_least=24)], constants)

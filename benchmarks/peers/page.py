@@ -11,7 +11,7 @@ from typing import Any
 
 from goals import Goal, goals
 from megalodon.errors import InputError
-from results import Document, Entry, target
+from results import Document, Entry, place, target, write_whole
 from timing import LEAST_TURNS
 
 BLOCKS = ("train", "jax", "cema", "decode", "gpu")
@@ -37,7 +37,7 @@ PICTURES = (
 def write(path: Path, document: Document) -> None:
     """Rewrite the generated tables of the page. Raises: InputError if it has no place for one."""
     text = path.read_text(encoding="utf-8") if path.exists() else _empty()
-    path.write_text(render(text, document, str(path)), encoding="utf-8")
+    write_whole(path, render(text, document, str(path)))
 
 
 def render(text: str, document: Document, source: str) -> str:
@@ -51,8 +51,7 @@ def render(text: str, document: Document, source: str) -> str:
 
 def write_readme(path: Path, document: Document) -> None:
     """Rewrite the table of README. Raises: InputError if it has no place for it."""
-    text = between(path.read_text(encoding="utf-8"), "speed", readme_lines(document), str(path))
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, between(path.read_text(encoding="utf-8"), "speed", readme_lines(document), str(path)))
 
 
 def readme_lines(document: Document) -> list[str]:
@@ -62,7 +61,7 @@ def readme_lines(document: Document) -> list[str]:
     for what, whom, key in MAIN:
         if key in measured:
             found = measured[key]["figures"][0]
-            rows.append((what, whom, f"{_value(found, found['median'])} x", _range(found)))
+            rows.append((what, whom, f"{_value(found, found['median'])} x", _range(found, measured[key]["turns"])))
             runs.add(measured[key]["run"])
     machines = sorted({_machine(document["runs"][run]) for run in runs})
     shown = [f"![{what}]({path})" for key, what, path in PICTURES if key in measured]
@@ -97,12 +96,12 @@ def goal_lines(found: Sequence[Goal]) -> list[str]:
 
 
 def origin_lines(document: Document) -> list[str]:
-    """The runs that figures come from."""
+    """The runs that figures come from, each with its entries: no entry is of two."""
+    entries = {key: entry["run"] for key, entry in document["entries"].items()}
     rows = [
-        (run["date"], _machine(run), f"`{run['commit']}`", f"`{run['command']}`",
-         ", ".join(_short(key for key, entry in document["entries"].items() if entry["run"] == name)))
+        (run["date"], _machine(run), f"`{run['commit']}`", f"`{run['command']}`", ", ".join(_short(entries, name)))
         for name, run in document["runs"].items()
-    ]  # fmt: skip
+    ]
     return table(("date", "machine and versions", "commit", "command", "entries"), rows)
 
 
@@ -132,13 +131,10 @@ def _figure_rows(key: str, entry: Entry) -> Iterator[tuple[str, ...]]:
         yield f"`{key}`", f"**not measured: {entry['error']}**", "", "", "", "**no**"
         return
     for found in entry["figures"]:
-        turns = (
-            "" if entry["turns"] >= LEAST_TURNS or found["low"] == found["high"] else f", {entry['turns']} turns only"
-        )
         unit = " %" if found["unit"] == "%" else ""
         verdict = {True: "yes", False: "**no**", None: ""}[found["reached"]]
         shown = f"{_value(found, found['median'])}{unit}"
-        yield f"`{key}`", found["figure"], shown, f"{_range(found)}{turns}", target(found), verdict
+        yield f"`{key}`", found["figure"], shown, _range(found, entry["turns"]), target(found), verdict
 
 
 def _rate_rows(key: str, entry: Entry) -> Iterator[tuple[str, ...]]:
@@ -154,10 +150,14 @@ def _rate_rows(key: str, entry: Entry) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _range(figure: Mapping[str, Any]) -> str:
-    if figure["low"] == figure["high"]:
+def _range(figure: Mapping[str, Any], turns: int) -> str:
+    """Smallest and largest value, and how many there were if they were few; nothing of a figure that was counted."""
+    if "low" not in figure:
         return ""
-    return f"{_value(figure, figure['low'])}, {_value(figure, figure['high'])}"
+    spread = [_value(figure, figure["low"]), _value(figure, figure["high"])]
+    shown = spread if figure["low"] < figure["high"] else []  # one turn; or counted, by an older version
+    few = [f"{turns} turn{'s' * (turns > 1)} only"] if turns < LEAST_TURNS else []
+    return ", ".join(shown + few)
 
 
 def _value(figure: Mapping[str, Any], value: float) -> str:
@@ -173,9 +173,11 @@ def _number(value: float) -> str:
 
 
 def _machine(run: Mapping[str, Any]) -> str:
-    return f"{run['device']}, {run['cores']} cores, {run['threads']} threads; {run['versions']}"
+    return f"{place(run)}; {run['versions']}"
 
 
-def _short(keys: Iterator[str]) -> list[str]:
-    """Sections instead of keys, where a run measured several of one."""
-    return list(dict.fromkeys(key.partition("/")[0] for key in keys))
+def _short(entries: Mapping[str, str], run: str) -> list[str]:
+    """What a run measured: a section instead of its keys, if all that is there of it comes from this run."""
+    others = {key.partition("/")[0] for key, name in entries.items() if name != run}
+    sections = {key: key.partition("/")[0] for key, name in entries.items() if name == run}
+    return list(dict.fromkeys(key if section in others else section for key, section in sections.items()))

@@ -1,18 +1,18 @@
 """docs/benchmarks.json: every entry that was measured, and the run each comes from. Not here: how they look (page.py).
 
     {"format": 1,
-     "runs":    {ID: {"date", "device", "cores", "threads", "versions", "commit", "command"}},
+     "runs":    {ID: {"date", "device", "cores", "threads", "versions", "commit", "command", "smoke"}},
      "entries": {KEY: {"run": ID, "seconds", "turns", "rates": {SIDE: SPREAD}, "figures": [FIGURE, …]}}}
 
 SPREAD is {"median", "low", "high", "unit"}, FIGURE what `timing.figure` returns; an entry that failed has "error"
-instead of rates and figures.
+instead of rates and figures; "smoke" is there only where it is true. Figures of two machines, or of a smoke test and
+of a measurement, do not stand in one document; those of several commits may, and the page says which are of which.
 """
 
 import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,11 +21,15 @@ from typing import Any
 import torch
 
 from megalodon.errors import InputError
+from megalodon_kernels.measuring import machine
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = ("docs/benchmarks.md", "docs/benchmarks.json", "docs/decode_depth.svg", "docs/train_length.svg", "README.md")
 """What a campaign itself changes in the checkout."""
+ORIGIN = ("date", "device", "cores", "threads", "versions", "commit", "command")
+MACHINE = ("device", "cores", "threads")
+"""What entries of one document must have alike: all of the CPU, and all of the GPU."""
 
 Document = dict[str, Any]
 Entry = dict[str, Any]
@@ -57,21 +61,55 @@ def load(path: Path, known: Collection[str]) -> Document:
     runs, entries = found.get("runs"), found.get("entries")
     if not isinstance(runs, dict) or not isinstance(entries, dict):
         raise InputError(f"{path}: `runs` or `entries` is missing; {advice}")
+    for name, run in runs.items():
+        if not isinstance(run, dict) or not run.keys() >= set(ORIGIN):
+            raise InputError(f"{path}: run {name} is incomplete; {advice}")
     for key, entry in entries.items():
         if key not in known:
             raise InputError(f"{path}: entry {key} is not measured by this version; {advice}")
-        whole = isinstance(entry, dict) and ("error" in entry or {"rates", "figures", "turns"} <= entry.keys())
+        parts = {"rates", "figures", "turns", "seconds"}
+        whole = isinstance(entry, dict) and ("error" in entry or parts <= entry.keys())
         if not whole or entry.get("run") not in runs:
             raise InputError(f"{path}: entry {key} is incomplete; {advice}")
     return found
 
 
+def check_alike(path: Path, document: Document, chosen: Collection[str], origin: Mapping[str, Any]) -> None:
+    """Refuse to measure beside figures that stay and are of another machine, or of a smoke test.
+
+    Args:
+        chosen: keys that are measured now, on `origin`.
+    Raises: InputError.
+    """
+    advice = "measure everything, without --only, or write elsewhere with --out"
+    kinds = {key.startswith("gpu/") for key in chosen}
+    for key, entry in document["entries"].items():
+        before = document["runs"][entry["run"]]
+        if key in chosen:
+            continue
+        if before.get("smoke", False) != origin.get("smoke", False):
+            made = "a smoke test" if before.get("smoke") else "no smoke test"
+            raise InputError(f"{path}: the figures of {key} are of {made}; {advice}")
+        if key.startswith("gpu/") in kinds and any(before[name] != origin[name] for name in MACHINE):
+            raise InputError(f"{path}: {key} was measured on {place(before)}, this is {place(origin)}; {advice}")
+
+
+def place(run: Mapping[str, Any]) -> str:
+    """The machine of a run in words."""
+    return f"{run['device']}, {run['cores']} cores, {run['threads']} threads"
+
+
 def save(path: Path, document: Document) -> None:
-    """Write the document whole, beside its place first; runs that no entry comes from are left out."""
+    """Write the document; runs that no entry comes from are left out."""
     used = {entry["run"] for entry in document["entries"].values()}
     document["runs"] = {name: run for name, run in document["runs"].items() if name in used}
+    write_whole(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text beside its place first, so that it is never there by half."""
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 
@@ -98,20 +136,38 @@ def target(figure: Mapping[str, Any]) -> str:
     return " and ".join(shown)
 
 
-def origin(command: str) -> dict[str, Any]:
-    """What figures depend on besides the code: processor, cores, threads, versions, commit, date."""
+def origin(command: str, *, smoke: bool = False) -> dict[str, Any]:
+    """What figures depend on: processor, cores, threads, versions, commit, date."""
     names = ("torch", "transformers", "megalodon-jax", "jax", "numpy")
     versions = [f"{name} {version}" for name in names if (version := _version(name))]
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    here = machine(torch.device("cpu"))
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": ", ".join([_processor(), *gpu]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "device": ", ".join([here["device"], *gpu]),
         "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "commit": _commit(),
+        "threads": here["threads"],
+        "versions": ", ".join([f"Python {here['python']}", *versions]),
+        "commit": commit(),
         "command": command,
+        **({"smoke": True} if smoke else {}),
     }
+
+
+def commit() -> str:
+    """The commit of the code, with a plus if something but the report itself was changed since."""
+    name = _git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = _git("status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN))
+    return name + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    """What git prints of this checkout; empty where there is no git, or it says no."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def _version(name: str) -> str | None:
@@ -119,17 +175,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> str:
-    """The commit of the code, with a plus if something but the report itself was changed since."""
-    git = ["git", "-C", str(ROOT)]
-    names = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    others = ["status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN)]
-    changed = subprocess.run([*git, *others], capture_output=True, text=True, check=False)
-    return (names.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

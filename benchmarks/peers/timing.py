@@ -4,6 +4,7 @@
     Ratio("speed over Llama", "ours", "Llama", at_least=1.15).figure(rates)
 
 Neighbouring repetitions share the state of the machine, so a ratio is formed from each pair before the median is taken.
+Every other turn runs backwards (ours, peer, peer, ours): who goes first gains nothing from a machine that slows down.
 Not here: what a side does (train.py, decode.py, …), how figures are kept and shown (results.py, page.py).
 """
 
@@ -26,8 +27,6 @@ class Side(NamedTuple):
     """One repetition."""
     amount: float
     """What a repetition does, in the unit of its contest: tokens, floating-point operations, calls."""
-    warm_up: Callable[[], object] | None = None
-    """Run once before the first turn; None means a repetition."""
 
 
 class Contest(NamedTuple):
@@ -79,6 +78,13 @@ def figure(
     }
 
 
+def constant(name: str, value: float, at_most: float | None = None) -> dict[str, Any]:
+    """A figure that was counted: it has no spread."""
+    found = figure(name, [value], at_most=at_most)
+    del found["low"], found["high"]
+    return found
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest, to five digits."""
     found = {"median": statistics.median(values), "low": min(values), "high": max(values)}
@@ -86,12 +92,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def take_turns(sides: Mapping[str, Side], turns: int, report: Callable[[str], None]) -> dict[str, list[float]]:
-    """Warm every side up once, then let each have `turns` turns, one after the other. Returns the rates."""
+    """Let every side run once unmeasured, then have `turns` turns, every other one backwards. Returns the rates."""
     for side in sides.values():
-        (side.warm_up or side.run)()
+        side.run()
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(turns):
-        for name, side in sides.items():
+        for name, side in list(sides.items())[:: -1 if turn % 2 else 1]:
             begin = time.perf_counter()
             side.run()
             seconds = time.perf_counter() - begin

@@ -1,8 +1,8 @@
 """Training: a step of ours against a step of Llama, of equal parameters, on one row of random tokens.
 
 A step is forward, loss, backward and AdamW, as a user writes it with the public API of each side; both optimizers are
-that of the trainer, with its default values. Not here: the counting of operations
-(sizes.py), the JAX port (jax_port.py), what a model learns.
+that of the trainer, with its default values. Not here: the counting of operations (sizes.py), the JAX port
+(jax_port.py), what a model learns.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from megalodon.model.megalodon import Megalodon
 from megalodon.training.execution import compile_model
 from megalodon.training.optim import OptimConfig, build_optimizer
 from sizes import Size, llama_flops, ours_flops, scaled
-from timing import Contest, Ratio, Side, figure
+from timing import Contest, Ratio, Side, constant
 
 Build = Callable[[], Contest]
 MATMUL = 2048
@@ -89,15 +89,10 @@ def _matmul() -> Side:
     return Side(lambda: [torch.mm(a, b, out=out) for _ in range(times)], times * 2.0 * MATMUL**3)
 
 
-def _warm_llama(size: Size, length: int) -> Callable[[], None] | None:
-    """A long step of Llama takes minutes; a shorter one touches the same code, and memory is warm from ours."""
-    return (lambda: llama_step(size, FLAT[0])()) if length > FLAT[0] else None
-
-
 def _against_llama(size: Size, length: int, least: float | None) -> Contest:
     sides = {
         "ours": Side(our_step(size, length), length),
-        "Llama": Side(llama_step(size, length), length, _warm_llama(size, length)),
+        "Llama": Side(llama_step(size, length), length),
         "matmul": _matmul(),
     }
     share = 0.55 if length == FLAT[0] and least else None
@@ -111,7 +106,7 @@ def _against_llama(size: Size, length: int, least: float | None) -> Contest:
         ),
     ]
     allowed = llama_flops(size.llama, length) / ours_flops(size.ours, length)
-    constants = [figure("operations a token, Llama over ours", [allowed])]
+    constants = [constant("operations a token, Llama over ours", allowed)]
     return Contest(sides, figures, constants, units={"matmul": "FLOP/s"})
 
 

@@ -125,13 +125,10 @@ def test_saved_memory_counts_each_piece_once_and_no_input() -> None:
 
 def test_sides_take_turns() -> None:
     order: list[str] = []
-    sides = {
-        "a": Side(lambda: order.append("a"), 1.0),
-        "b": Side(lambda: order.append("b"), 1.0, warm_up=lambda: order.append("warm")),
-    }
+    sides = {name: Side(lambda name=name: order.append(name), 1.0) for name in "ab"}  # type: ignore[misc]
     rates = timing.take_turns(sides, 3, lambda line: None)
-    assert order == ["a", "warm", "a", "b", "a", "b", "a", "b"]
-    assert [len(values) for values in rates.values()] == [3, 3]
+    assert order == ["a", "b", *"ab", *"ba", *"ab"]  # once unmeasured, then forwards, backwards, forwards
+    assert [(name, len(values)) for name, values in rates.items()] == [("a", 3), ("b", 3)]
 
 
 def test_a_ratio_is_formed_turn_by_turn() -> None:
@@ -161,6 +158,27 @@ def test_the_page_says_what_failed_and_what_has_few_turns() -> None:
     text = page.render(page._empty(), {**measured(), "entries": failed}, "page")
     assert "| `train/8M/2048/eager` | **not measured: RuntimeError: no memory** |  |  |  | **no** |" in text
     assert "1.10, 1.25, 2 turns only" in page.render(page._empty(), measured(turns=2), "page")
+
+
+def test_a_single_turn_is_named_and_a_counted_figure_has_none() -> None:
+    one = Ratio("speed over Llama", "a", "b").figure({"a": [2.0], "b": [1.0]})
+    counted = timing.constant("operations", 1.3, at_most=1.5)
+    assert counted["reached"] is True
+    document = measured(turns=1, figures=[one, counted])
+    lines = page.section_lines(document["entries"])
+    assert "| `train/8M/2048/eager` | speed over Llama | 2.00 | 1 turn only |  |  |" in lines
+    assert "| `train/8M/2048/eager` | operations | 1.30 |  | ≤ 1.5 | yes |" in lines
+    assert "| Training, 8 M, 2,048 tokens | Llama | 2.00 x | 1 turn only |" in page.readme_lines(document)
+
+
+def test_entries_of_a_section_that_come_from_two_runs_are_told_apart() -> None:
+    document = measured()
+    entry = document["entries"]["train/8M/2048/eager"]
+    document["entries"] |= {"train/8M/flat": {**entry, "run": "s"}, "cema/4096": entry}
+    document["runs"]["s"] = {**document["runs"]["r"], "date": "s", "commit": "def"}
+    first, second = page.origin_lines(document)[2:]
+    assert "`abc`" in first and first.endswith("| train/8M/2048/eager, cema |")
+    assert "`def`" in second and second.endswith("| train/8M/flat |")
 
 
 def test_prose_stays_and_a_page_without_a_place_is_refused() -> None:
@@ -203,6 +221,7 @@ def test_missed_targets_are_named_and_failed_entries_too() -> None:
             "entry train/9M/1 is not measured by this version",
         ),
         ('{"format": 1, "runs": {}, "entries": {"cema/4096": {"run": "r"}}}', "entry cema/4096 is incomplete"),
+        ('{"format": 1, "runs": {"r": {"date": "r"}}, "entries": {}}', "run r is incomplete"),
     ],
 )
 def test_figures_that_cannot_be_used_are_one_line(
@@ -229,13 +248,144 @@ def test_a_missing_peer_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_entry_is_one_line(
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (
+            ["--only", "train/8M/2048/egaer"],
+            2,
+            "--only train/8M/2048/egaer: no such entry; did you mean train/8M/2048/",
+        ),
+        (["--only", "xyz"], 2, "--only xyz: no such entry; expected some of train, jax, cema, decode, gpu, or train/"),
+        (["--only", " ,"], 2, "--only ` ,` names no entry"),
+        (["--only", "cema", "--out", "/dev/null/x"], 2, "/dev/null/x: not a directory; --out takes a folder that can"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_one_line(
+    campaign: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: Any,
+    options: list[str],
+    code: int,
+    said: str,
+) -> None:
+    assert run(campaign, monkeypatch, "--out", str(tmp_path), *options) == code
+    found = capsys.readouterr().err
+    assert found.startswith(f"make bench: {said}") and found.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_no_success(
     campaign: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
-    assert run(campaign, monkeypatch, "--only", "train/9M", "--out", str(tmp_path)) == 2
-    assert capsys.readouterr().err.startswith(
-        "make bench: --only train/9M: no such entry; expected some of train, jax,"
-    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(campaign, monkeypatch, "--only", "gpu", "--out", str(tmp_path)) == 3
+    assert "--only gpu: nothing of it can be measured here: there is no CUDA device" in capsys.readouterr().err
+
+
+def test_a_smoke_test_never_writes_into_docs(
+    campaign: Any, monkeypatch: pytest.MonkeyPatch, repository: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(repository)
+    with pytest.raises(SystemExit) as ended:
+        run(campaign, monkeypatch, "--smoke", "--out", "docs")
+    assert ended.value.code == 2 and "give another folder with --out" in capsys.readouterr().err
+
+
+FOUND = {"turns": 5, "rates": {}, "figures": [timing.figure("speed", [2.0, 2.5])]}
+"""What the process of an entry hands back."""
+
+
+def test_a_page_without_a_place_is_found_before_anything_is_measured(
+    campaign: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "benchmarks.md").write_text("# Benchmarks")
+    monkeypatch.setattr(campaign, "_apart", lambda *_: pytest.fail("measured"))
+    assert run(campaign, monkeypatch, "--only", "cema", "--out", str(tmp_path)) == 2
+    assert "<!-- train --> … <!-- /train --> is missing" in capsys.readouterr().err
+
+
+def test_a_broken_off_campaign_keeps_what_was_done(
+    campaign: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    def apart(key: str, given: Any) -> dict[str, Any]:
+        if key == "decode/8M/0":
+            raise KeyboardInterrupt
+        return FOUND
+
+    monkeypatch.setattr(campaign, "NEEDS", {})
+    monkeypatch.setattr(campaign, "_apart", apart)
+    assert run(campaign, monkeypatch, "--only", "cema,decode", "--out", str(tmp_path)) == 130
+    assert capsys.readouterr().err == f"make bench: interrupted; {tmp_path} has the entries that were done\n"
+    assert list(json.loads((tmp_path / "benchmarks.json").read_text())["entries"]) == ["cema/4096"]
+    assert "| `cema/4096` | speed | 2.25 |" in (tmp_path / "benchmarks.md").read_text()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_each_entry_has_the_commit_it_was_measured_at(
+    campaign: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now = ["abc"]
+
+    def apart(key: str, given: Any) -> dict[str, Any]:
+        now[0] = "def" if key == "cema/4096" else now[0]
+        return FOUND
+
+    moments = iter(f"2026-01-01 00:00:{second:02} UTC" for second in range(60))
+    origin = results.origin
+    monkeypatch.setattr(results, "commit", lambda: now[0])
+    monkeypatch.setattr(results, "origin", lambda *a, **b: {**origin(*a, **b), "date": next(moments)})
+    monkeypatch.setattr(campaign, "NEEDS", {})
+    monkeypatch.setattr(campaign, "_apart", apart)
+    run(campaign, monkeypatch, "--only", "cema,decode/8M/0,decode/8M/flat", "--out", str(tmp_path))
+    document = json.loads((tmp_path / "benchmarks.json").read_text())
+    commits = {key: document["runs"][entry["run"]]["commit"] for key, entry in document["entries"].items()}
+    assert commits == {"cema/4096": "abc", "decode/8M/0": "def", "decode/8M/flat": "def"}
+    assert len(document["runs"]) == 2
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert results.commit() == "unknown"
+
+
+def here(**about: Any) -> dict[str, Any]:
+    """A document of one entry that was measured on this machine."""
+    return {**measured(), "runs": {"r": {**results.origin("c"), **about}}}
+
+
+@pytest.mark.parametrize(
+    ("about", "options", "said"),
+    [
+        ({"device": "Abacus"}, ["--only", "cema"], "train/8M/2048/eager was measured on Abacus, "),
+        ({"threads": 77}, ["--only", "cema"], "77 threads, this is "),
+        ({}, ["--only", "cema", "--smoke"], "the figures of train/8M/2048/eager are of no smoke test"),
+        ({"smoke": True}, ["--only", "cema"], "the figures of train/8M/2048/eager are of a smoke test"),
+    ],
+)
+def test_figures_of_two_machines_or_of_a_smoke_test_are_not_mixed(
+    campaign: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: Any,
+    about: dict[str, Any],
+    options: list[str],
+    said: str,
+) -> None:
+    text = json.dumps(here(**about))
+    (tmp_path / "benchmarks.json").write_text(text)
+    monkeypatch.setattr(campaign, "_apart", lambda *_: pytest.fail("measured"))
+    assert run(campaign, monkeypatch, *options, "--out", str(tmp_path)) == 2
+    found = capsys.readouterr().err
+    assert said in found and "measure everything, without --only" in found and found.count("\n") == 1
+    assert (tmp_path / "benchmarks.json").read_text() == text
+
+
+def test_what_is_measured_again_may_be_of_another_machine_and_a_gpu_of_its_own() -> None:
+    document, origin = here(device="Abacus"), results.origin("c")
+    results.check_alike(Path("x"), document, ["train/8M/2048/eager", "cema/4096"], origin)
+    results.check_alike(Path("x"), document, ["gpu/cema/fft"], origin)
 
 
 def test_entries_are_chosen_by_whole_parts_of_their_names(campaign: Any) -> None:
@@ -247,15 +397,15 @@ def test_entries_are_chosen_by_whole_parts_of_their_names(campaign: Any) -> None
 def test_a_run_keeps_what_was_measured_before(
     campaign: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repository: Path
 ) -> None:
-    (tmp_path / "benchmarks.json").write_text(json.dumps(measured()))
+    (tmp_path / "benchmarks.json").write_text(json.dumps(here(smoke=True)))
     monkeypatch.setenv("PYTHONPATH", f"{repository}:{repository / 'kernels'}")
     assert run(campaign, monkeypatch, "--only", "cema", "--smoke", "--out", str(tmp_path)) == 6
     found = json.loads((tmp_path / "benchmarks.json").read_text())
     assert found["entries"]["train/8M/2048/eager"] == measured()["entries"]["train/8M/2048/eager"]
-    assert found["entries"]["cema/4096"]["turns"] == 1 and set(found["entries"]["cema/4096"]["rates"]) == {
-        "ours",
-        "FFT",
-    }
+    entry = found["entries"]["cema/4096"]
+    assert entry["turns"] == 1 and set(entry["rates"]) == {"ours", "FFT"}
+    assert {figure["reached"] for figure in entry["figures"]} == {None}  # a smoke test has no targets
+    assert found["runs"][entry["run"]]["smoke"] is True
     assert "`cema/4096` | speed over the FFT formulation" in (tmp_path / "benchmarks.md").read_text()
 
 
