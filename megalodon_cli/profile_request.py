@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megalodon.errors import DataError, InputError, RecipeError
+from megalodon.errors import CheckFailed, DataError, InputError, RecipeError
 from megalodon.profiling import numbers
-from megalodon_cli import checkpoints, console, recipe_files
+from megalodon_cli import checkpoints, console, figures, recipe_files
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from megalodon.recipe import RunConfig
 
 BACKENDS = ("auto", "triton", "portable", "reference")
+REPORTS = (".json", ".md", ".csv")
+"""Endings of the file that the rows are written to."""
 
 
 def read(
@@ -154,12 +156,37 @@ def _loader(config: "RunConfig | None", name: str) -> "Loader":
     return Loader(open_prepared(store).train, data.seq_len, data.isolate, config.train.seed, data.weights())
 
 
-def check_file(path: Path | None, kinds: Sequence[str]) -> None:
-    """Refuse a file that cannot be written, before anything is measured. Raises: InputError."""
-    if path is not None and path.suffix not in kinds:
-        raise InputError(f"{path}: expected a name ending in {' or '.join(kinds)}")
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
+def check_files(*, baseline: Path | None, out: Path | None, trace: Path | None, plot: Path | None) -> None:
+    """Refuse files that cannot be written, or would replace one another, before anything is measured.
+
+    Raises: InputError; EnvironmentFault for a picture without the extra.
+    """
+    for path, kinds in ((out, REPORTS), (trace, (".json",))):
+        if path is not None and path.suffix not in kinds:
+            raise InputError(f"{path}: expected a name ending in {' or '.join(kinds)}")
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}")
+    if plot is not None:
+        figures.check(plot)
+    places: dict[Path, str] = {}
+    for option, path in (("--baseline", baseline), ("-o/--out", out), ("--trace", trace), ("--plot", plot)):
+        if path is None:
+            continue
+        other = places.setdefault(path.resolve(), option)
+        if other != option:
+            raise InputError(f"{option} {path} would replace the file of {other}; expected two files")
+        if option != "--baseline":
+            _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        there = path.exists()
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
 
 
 @dataclass(frozen=True)
@@ -171,10 +198,12 @@ class Baseline:
     limit: float
 
     def compare(self, rows: "Sequence[Row]") -> "Comparison":
-        """Return the rows that both have. Raises: InputError if there is none."""
-        from megalodon.profiling.baseline import changes
+        """Return the rows that both have."""
+        from megalodon.profiling.baseline import Change, milliseconds
 
-        return Comparison(self, changes(rows, self.milliseconds))
+        before, after = self.milliseconds, milliseconds(rows)
+        changes = [Change(key, before[key], ms) for key, ms in after.items() if key in before]
+        return Comparison(self, changes, len(before.keys() ^ after.keys()))
 
 
 class Comparison(NamedTuple):
@@ -182,15 +211,21 @@ class Comparison(NamedTuple):
 
     baseline: Baseline
     changes: "list[Change]"
+    alone: int
+    """Rows that only one of the two has."""
 
-    def slower(self) -> str | None:
-        """Return in a line which rows are slower than they may be; None if none is."""
+    def check(self) -> None:
+        """Raises: InputError if no row is in both, CheckFailed with the rows that are slower than they may be."""
+        if not self.changes:
+            example = next(iter(self.baseline.milliseconds))
+            raise InputError(
+                f"the baseline {self.baseline.path} has no row in common with this; measure the same, such as {example}"
+            )
         over = sorted((c for c in self.changes if c.slowdown > self.baseline.limit), key=lambda c: -c.slowdown)
-        if not over:
-            return None
-        said = "; ".join(f"{c.key}: {c.before_ms:.3g} -> {c.after_ms:.3g} ms ({c.slowdown:+.0%})" for c in over)
-        count = f"{len(over)} of {len(self.changes)} rows are more than {self.baseline.limit:.0%} slower than"
-        return f"{count} {self.baseline.path}: {said}"
+        if over:
+            said = "; ".join(f"{c.key}: {c.before_ms:.3g} -> {c.after_ms:.3g} ms ({c.slowdown:+.0%})" for c in over)
+            count = f"{len(over)} of {len(self.changes)} rows are more than {self.baseline.limit:.0%} slower than"
+            raise CheckFailed(f"{count} {self.baseline.path}: {said}")
 
 
 def baseline(path: Path | None, fail_over: str | None, device: "torch.device") -> Baseline | None:
@@ -201,5 +236,5 @@ def baseline(path: Path | None, fail_over: str | None, device: "torch.device") -
         return None
     from megalodon.profiling.baseline import load
 
-    limit = numbers.share(fail_over or "10%", "--fail-over")
+    limit = numbers.share("10%" if fail_over is None else fail_over, "--fail-over")
     return Baseline(path, load(path, device), limit)

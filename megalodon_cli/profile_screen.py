@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from megalodon.profiling.timing import Report
     from megalodon_cli.profile_request import Comparison
 
-KINDS = (".json", ".md", ".csv")
 BAR = 40
 """Characters of the longest bar."""
 RIGHT = {"fp32": 1e-4, "bf16": 2e-2, "fp64": 1e-10}
@@ -165,15 +164,30 @@ def bars(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def show_changes(found: "Comparison") -> list[dict[str, Any]]:
-    """Print every row that the baseline has too; return them for JSON."""
+    """Print every row that the baseline has too, and how many have no counterpart; return the rows for JSON."""
     path, limit = found.baseline.path, found.baseline.limit
+    if found.alone:
+        console.note(f"{found.alone} rows are not compared: either {path} or this has no such row")
+    if not found.changes:
+        return []
     rows = [[c.key, _digits(c.before_ms), _digits(c.after_ms), f"{100 * c.slowdown:+.1f}"] for c in found.changes]
     console.result(f"\nagainst {path}, at most {limit:.0%} slower")
     console.table([["row", "before, ms", "now, ms", "%"], *rows], right=(1, 2, 3))
     return [{**c._asdict(), "slowdown": round(c.slowdown, 4)} for c in found.changes]
 
 
-def write(path: Path, name: str, report: "Report", document: Mapping[str, Any]) -> None:
+def write_files(
+    name: str, report: "Report", document: Mapping[str, Any], out: Path | None, plot: Path | None
+) -> Iterator[Path]:
+    """Write the files that are asked for; yield each that is there."""
+    if out:
+        _write(out, name, report, document)
+        yield out
+    if plot and _draw(name, report.rows, plot):
+        yield plot
+
+
+def _write(path: Path, name: str, report: "Report", document: Mapping[str, Any]) -> None:
     """Write a report as JSON (which --baseline reads), Markdown or CSV, by the ending of the file."""
     if path.suffix == ".json":
         text = json.dumps({"schema": SCHEMA, "ok": True, "result": document, "warnings": []}, indent=1) + "\n"
@@ -205,16 +219,13 @@ def _csv(report: "Report") -> str:
     return text.getvalue()
 
 
-def check_plot(path: Path) -> None:
-    """Refuse a picture that cannot be drawn. Raises: InputError, EnvironmentFault without the extra."""
-    figures.check(path)
-
-
-def draw(name: str, rows: Sequence[Row], path: Path) -> None:
+def _draw(name: str, rows: Sequence[Row], path: Path) -> bool:
     """Draw tokens/s over depth; without two depths of anything there is nothing to draw, and a warning says so."""
-    if found := speeds(rows):
+    found = speeds(rows)
+    if found:
         figures.plot_speeds(name, found, path)
     else:
         console.warning(
             f"--plot {path}: nothing to draw; --what prefill or decode with two depths gives speed over depth"
         )
+    return bool(found)

@@ -4,14 +4,15 @@ Not here: measuring (timing.py), the exit code of the command.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from megalodon.errors import InputError
-from megalodon.profiling.meter import Row
+from megalodon.profiling.meter import REST, Row
 from megalodon_kernels.measuring import machine
 
 SCHEMA = "megalodon/profile/1"
@@ -54,9 +55,8 @@ def load(path: Path, device: torch.device) -> dict[str, float]:
     try:
         result = document["result"]
         old = {name: result["header"][name] for name in SAME}
-        rows = [Row(**row) for row in result["rows"]]
-        found = {row.key: float(row.ms) for row in rows}
-        if not all(ms > 0 for ms in found.values()):
+        found = milliseconds([Row(**row) for row in result["rows"]])
+        if not found or not all(0 < ms < math.inf for ms in found.values()):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path}: a part of the profile is missing or damaged; measure the baseline again") from None
@@ -69,11 +69,9 @@ def load(path: Path, device: torch.device) -> dict[str, float]:
     return found
 
 
-def changes(rows: Sequence[Row], baseline: Mapping[str, float]) -> list[Change]:
-    """Return every row that both have. Raises: InputError if there is none."""
-    found = [Change(row.key, baseline[row.key], row.ms) for row in rows if row.key in baseline and row.ms > 0]
-    if not found:
-        raise InputError(
-            f"the baseline has no row in common with this; measure the same, such as {next(iter(baseline), 'none')}"
-        )
-    return found
+def milliseconds(rows: Sequence[Row]) -> dict[str, float]:
+    """Return what is compared of a measurement: the median of every row, by its key, but not what is left of a step.
+
+    That is the difference of a step and its parts, near zero and of either sign: a share of it says nothing.
+    """
+    return {row.key: float(row.ms) for row in rows if row.name != REST}

@@ -18,6 +18,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megalodon_kernels.costs import Work
 from megalodon_kernels.measuring import Spread, copy_rate, matmul_rate, timed
 
+REST = "rest"
+"""Name of the row of what a step takes beyond its parts: no measurement, but a difference of some."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 

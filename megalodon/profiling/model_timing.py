@@ -17,7 +17,7 @@ from megalodon.inference.session import PIECE, Session
 from megalodon.model.loss import loss_sums
 from megalodon.model.megalodon import Megalodon, ModelConfig
 from megalodon.model.state import LayerState, State
-from megalodon.profiling.meter import Meter, Row, dtype_name, milliseconds
+from megalodon.profiling.meter import REST, Meter, Row, dtype_name, milliseconds
 from megalodon.training.execution import compile_model, recompute
 from megalodon.training.metrics import flops_per_token, peak_memory
 from megalodon.training.optim import build_optimizer
@@ -46,9 +46,11 @@ def needs(what: str, request: "Request") -> Iterator[tuple[str, float]]:
         kept = config.num_layers * tokens * _kept_per_token(config)
         yield f"a step of {tokens:,} tokens", 16 * parameters + kept + 8 * min(tokens, 2048) * config.num_outputs
     if what in ("prefill", "decode"):
-        size = 4 if request.dtype == torch.float32 else request.dtype.itemsize
+        size = request.dtype.itemsize
         open_chunk = size * config.num_layers * config.chunk_size * (config.z_dim + config.value_dim)
-        yield "the model and its state", size * parameters + open_chunk + PIECE * _kept_per_token(config)
+        # it is made on the CPU in float32, whatever it is converted to
+        weights = parameters * (max(4, size) if request.device.type == "cpu" else size)
+        yield "the model and its state", weights + open_chunk + PIECE * _kept_per_token(config)
 
 
 def _kept_per_token(config: ModelConfig) -> float:
@@ -219,7 +221,7 @@ def _train(request: "Request", meter: Meter) -> Iterator[Row]:
             )  # fmt: skip
         # what stands between the modules, what is computed twice, and what the parts gain or lose by running alone
         yield Row(
-            "train", "rest", "forward+backward", shape, dtype, request.backend, 1e3 * rest, 1e3 * rest, 1e3 * rest,
+            "train", REST, "forward+backward", shape, dtype, request.backend, 1e3 * rest, 1e3 * rest, 1e3 * rest,
             step_share=rest / seconds,
         )  # fmt: skip
 
@@ -276,13 +278,12 @@ def _prefill(request: "Request", meter: Meter) -> Iterator[Row]:
     """`Session.feed` of a prompt, at every depth."""
     model = _reader(request)
     for length in request.lengths or (request.window,):
-        ids = [n % model.config.vocab_size for n in range(length)]
 
-        def setup(depth: int, ids: list[int] = ids) -> Callable[[], Session]:
+        def setup(depth: int, length: int = length) -> Callable[[], Session]:
             session = Session(model, state_at(model, depth))
 
             def read() -> Session:
-                session.feed(ids)
+                session.feed(n % model.config.vocab_size for n in range(length))  # no list: it would grow with the text
                 return session
 
             return read

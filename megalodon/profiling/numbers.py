@@ -12,6 +12,8 @@ from megalodon.errors import InputError
 EXPECTED = "numbers such as 512,32Ki or a range such as 512-32Ki*2"
 MOST = 100
 """Numbers of one option."""
+LARGEST = 1 << 50
+"""Positions are counted in 64 bits: from here on, no number of tokens reaches their end."""
 
 Shapes = dict[str, list[dict[str, int]]]
 """Op -> its shapes; each holds the sizes that differ from the model's."""
@@ -38,6 +40,9 @@ def counts(text: str, option: str, least: int = 1) -> tuple[int, ...]:
                 found.append(int(str(parse_count(part))))
         except ValueError:
             raise InputError(f"{option}: `{part}` of `{text}`: expected {EXPECTED}") from None
+    large = next((number for number in found if number > LARGEST), None)
+    if large is not None:
+        raise InputError(f"{option}: {large} is too large: expected at most {LARGEST}")
     small = next((number for number in found if number < least), None)
     if small is not None:
         raise InputError(f"{option}: {small} is too small: expected at least {least}")
@@ -68,6 +73,8 @@ def shapes(text: str, ops: Mapping[str, str]) -> Shapes:
     Raises: InputError for what is not JSON, an unknown op or size, or a size that is no number.
     """
     source = "--shapes"
+    if not text.strip():
+        raise InputError(f'{source}: it is empty; expected JSON such as {{"cema": [{{"L": 4096}}]}}, or a file of it')
     if not text.lstrip().startswith(("{", "[")):
         source = f"--shapes {text}"
         try:
@@ -81,6 +88,8 @@ def shapes(text: str, ops: Mapping[str, str]) -> Shapes:
         given = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not JSON: {error}") from None
+    if given == []:
+        raise InputError(f'{source}: the list is empty; expected shapes such as [{{"L": 4096}}]')
     if isinstance(given, list):
         # sizes that an op does not have do not concern it
         every = {name for sizes in ops.values() for name in sizes.split()}

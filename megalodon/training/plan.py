@@ -175,7 +175,7 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in MICRO_TOKENS:
+    if device.type not in MICRO_TOKENS or (device.type == "cpu" and device.index is not None):
         raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentFault(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")

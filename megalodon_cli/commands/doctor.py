@@ -21,7 +21,7 @@ def doctor() -> None:
     """Check this machine: versions, devices, every op against its reference, tokenizers, disk, the command's name.
 
     A line each: ✓ works, ✗ is broken (with what to do), – is not there and not needed. Ends with exit code 3 if
-    something needed is broken. Takes about ten seconds.
+    something needed is broken. Takes a few seconds.
 
     Examples:
 

@@ -106,13 +106,27 @@ def test_a_slowdown_ends_with_6_and_the_rows() -> None:
 def test_a_baseline_of_another_machine_or_none_in_common_ends_with_2() -> None:
     assert profile("debug", *ONE, "-r", "1", "-o", "a.json").exit_code == 0
     other = ["--shapes", '{"layer_norm": [{"L": 8}]}', "-r", "1", "--baseline", "a.json"]
-    done = profile("debug", *other)
-    assert done.exit_code == 2 and "the baseline has no row in common" in done.stderr
+    done = profile("debug", *other, "-o", "b.json")
+    assert done.exit_code == 2
+    assert (
+        "error: the baseline a.json has no row in common with this; measure the same, such as kernels rms"
+        in done.stderr
+    )
+    assert json.loads(Path("b.json").read_text())["result"]["rows"]  # what was measured is not lost
     text = Path("a.json").read_text()
     Path("a.json").write_text(text.replace(json.loads(text)["result"]["header"]["device"], "NVIDIA A100"))
     done = profile("debug", *ONE, "--baseline", "a.json")
     assert done.exit_code == 2 and done.stdout == ""
     assert "error: a.json was measured on NVIDIA A100, this is " in done.stderr and "not comparable" in done.stderr
+
+
+def test_rows_without_a_counterpart_are_counted() -> None:
+    assert profile("debug", *ONE, "-r", "1", "-o", "a.json").exit_code == 0
+    faster("a.json", 1e-3)  # whatever is measured now is no slowdown
+    more = ["--shapes", '{"rms_norm": [{"L": 16}, {"L": 8}]}', "-r", "1"]
+    done = profile("debug", *more, "--baseline", "a.json")
+    assert done.exit_code == 0, done.output
+    assert "note: 2 rows are not compared: either a.json or this has no such row" in done.stderr
 
 
 def test_the_trace_and_the_plot_are_written() -> None:
@@ -124,6 +138,7 @@ def test_the_trace_and_the_plot_are_written() -> None:
     assert "<svg" in Path("p.svg").read_text()
     done = profile("debug", *ONE, "-r", "1", "--plot", "none.png")
     assert done.exit_code == 0 and "nothing to draw" in done.stderr and not Path("none.png").exists()
+    assert "written" not in done.stderr
 
 
 def test_a_checkpoint_is_measured_with_its_weights() -> None:
@@ -161,9 +176,22 @@ MISTAKES = {
     "memory": (["-p", "1Ti"], 4, "kernels: cema at B 1 L 1099511627776 D 64 N 16 needs about"),
     "a limit alone": (["--fail-over", "5%"], 2, "--fail-over needs --baseline F.json"),
     "a limit": (["--baseline", "a.json", "--fail-over", "x"], 2, "--fail-over: `x` is not a share"),
+    "an empty limit": (["--baseline", "a.json", "--fail-over", ""], 2, "--fail-over: `` is not a share"),
     "no baseline": (["--baseline", "a.json"], 2, "a.json: no such file or directory; expected what profile -o"),
     "an ending": (["-o", "a.txt"], 2, "a.txt: expected a name ending in .json or .md or .csv"),
     "a folder": (["-o", "no/a.md"], 2, "no/a.md: there is no folder no"),
+    "a folder as a file": (["-o", "dir.json"], 2, "dir.json: cannot be written: is a directory"),
+    "a folder as a trace": (["--trace", "dir.json"], 2, "dir.json: cannot be written: is a directory"),
+    "a long name": (["-o", "x" * 300 + ".json"], 2, "x" * 300 + ".json: cannot be written: file name too long"),
+    "one file twice": (["-o", "a.json", "--trace", "./a.json"], 2, "--trace a.json would replace the file of -o/--out"),
+    "its own baseline": (
+        ["--baseline", "a.json", "-o", "a.json"],
+        2,
+        "-o/--out a.json would replace the file of --baseline; expected two files",
+    ),
+    "no shapes": (["--shapes", "[]"], 2, "--shapes: the list is empty"),
+    "a depth beyond 64 bits": (["-d", "9223372036854775807"], 2, "-d/--depths: 9223372036854775807 is too large"),
+    "a CPU of several": (["--device", "cpu:1"], 2, "--device cpu:1: expected auto, cpu, cuda or cuda:N"),
     "a trace": (["--trace", "a.txt"], 2, "a.txt: expected a name ending in .json"),
     "a picture": (["--plot", "a.pdf"], 2, "a.pdf: expected a name ending in .png or .svg"),
     "no store": (["--what", "data"], 2, "--what data: data/debug holds no token store"),
@@ -173,11 +201,13 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_nothing_is_measured(mistake: str) -> None:
     arguments, code, message = MISTAKES[mistake]
+    Path("dir.json").mkdir()
     done = profile("debug", *arguments, "-q")
     assert done.exit_code == code, done.output
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith(f"error: {message}"), done.stderr
     assert done.stdout == ""
+    assert [path.name for path in Path().iterdir()] == ["dir.json"]
     shown = json.loads(profile("debug", *arguments, "--json").stdout)
     assert (shown["ok"], shown["exit_code"]) == (False, code)
 

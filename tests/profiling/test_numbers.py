@@ -32,6 +32,8 @@ def test_what_is_no_number_is_named(text: str) -> None:
 def test_numbers_that_are_too_small_or_too_many() -> None:
     with pytest.raises(InputError, match=r"^-p: 0 is too small: expected at least 1"):
         numbers.counts("0", "-p")
+    with pytest.raises(InputError, match=r"^-d: 9223372036854775807 is too large: expected at most 1125899906842624"):
+        numbers.counts("9223372036854775807", "-d", 0)
     with pytest.raises(InputError, match="more than 100 numbers"):
         numbers.counts(",".join(map(str, range(1, 102))), "-p")
 
@@ -59,6 +61,8 @@ def test_shapes_of_some_ops(tmp_path) -> None:
     ("text", "message"),
     [
         ("{", "--shapes: not JSON"),
+        (" ", "--shapes: it is empty; expected JSON such as"),
+        ("[]", "--shapes: the list is empty; expected shapes such as"),
         ("[" * 100_000, "--shapes: not JSON"),
         ("nope.json", "--shapes nope.json: no such file or directory; expected JSON such as"),
         ('{"cemma": [{}]}', "--shapes: no op `cemma`; did you mean cema?"),
