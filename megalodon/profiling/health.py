@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +47,20 @@ class Check(NamedTuple):
 
 def checks() -> list[Check]:
     """Run every check on this machine; a few seconds."""
-    ops = [_op(name) for name in OPS]
+    with _one_thread():
+        ops = [_op(name) for name in OPS]
     return [*_versions(), *_devices(), *ops, _bfloat16(), _tokenizers(), _disk(), _memory()]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The cases are tiny: threads that wait for one another, on a busy machine, take longer than all the sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _release(version: str) -> tuple[int, ...]:

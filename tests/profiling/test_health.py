@@ -19,6 +19,23 @@ def test_this_machine_passes_and_every_line_is_there():
         assert "3 cases forward and backward" in found[f"op {name}"].detail
 
 
+def test_ops_run_on_one_thread_and_the_rest_on_all(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+
+    def op(name):
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(health, "_op", op)
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(RuntimeError, match="broken"):
+            health.checks()
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_op_that_is_wrong_is_found(monkeypatch):
     right = health.OPS["cema"]
 
