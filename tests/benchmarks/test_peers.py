@@ -106,6 +106,11 @@ def test_the_convolution_by_fft_is_the_op() -> None:
     cema.check_equal(inputs)
 
 
+def test_the_convolution_runs_on_the_device_of_its_inputs() -> None:
+    inputs = cema.Inputs(*(value.detach().to("meta") for value in cema.draw(length=9, dim=4, states=2)))
+    assert cema.cema_by_fft(*inputs).device.type == "meta"
+
+
 def test_a_wrong_convolution_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = lambda *inputs: cema.our_cema(*inputs) * (1 + 3 * cema.CLOSE)  # noqa: E731
     monkeypatch.setattr(cema, "cema_by_fft", wrong)
