@@ -3,7 +3,7 @@
 A document is cut into rows of T tokens. Inside a row the average is a T×T Toeplitz matrix for each channel; between
 rows only the state travels. With k[τ] = Re Σ_n gamma p q^τ (+ omega at τ = 0) and u = Σ_t q^(T-1-t) x_t of a row:
 
-    y = K x + Re Σ_n q^t gamma q h       K[i, j] = k[i - j] for i ≥ j;  h the state before the row
+    y = K x + Re Σ_n gamma q^(t+1) h     K[i, j] = k[i - j] for i ≥ j;  h the state before the row
     h ← q^T h + p u                      at the end of a batch row, n ≤ T tokens into its last row, n instead of T
 
 The backward pass is written out. It keeps x and the states between rows, and forms everything else anew; both passes
@@ -63,16 +63,16 @@ class _Cema(torch.autograd.Function):
         carry = torch.promote_types(state_dtype, wide)
         packed, end = _pack(x, rows), _End(rows)
         D, B, R, T = packed.shape
-        states = x.new_zeros(D, B, R + 1, p.shape[1], dtype=carry.to_complex())
-        if h0 is not None:
-            states[:, :, 0] = torch.view_as_complex(h0.to(carry)).transpose(0, 1)
-        y, h = torch.empty_like(packed), torch.empty_like(states[:, :, 0])
+        # The states of a row lie together: the scan over rows is one short call a row.
+        states = x.new_empty(R + 1, D, B, p.shape[1], dtype=carry.to_complex())
+        states[0] = 0 if h0 is None else torch.view_as_complex(h0.to(carry)).transpose(0, 1)
+        y, h = torch.empty_like(packed), torch.empty_like(states[0])
         for c in _blocks(D, CHANNELS):
-            coefficients = p[c], log_decay[c], angle[c], gamma[c], omega[c]
-            tables = Tables.of(*coefficients, T, wide)
-            _forward(packed[c], tables, power(log_decay[c], angle[c], T, carry), states[c], y[c], rows)
-            gain = tables.gain(end.tokens(x[..., c], wide))
-            h[c] = power(log_decay[c], angle[c], end.length, carry) * end.of_states(states[c]) + gain
+            tables = Tables.of(p[c], log_decay[c], angle[c], gamma[c], omega[c], T, wide)
+            decay = power(log_decay[c], angle[c], T, carry)
+            _forward(packed[c], tables, decay, states[:, c], y[c], rows)
+            gain = as_complex(torch.bmm(end.tokens(x[..., c], wide), tables.enter))
+            h[c] = power(log_decay[c], angle[c], end.length, carry) * end.of_states(states[:, c]) + gain
         ctx.save_for_backward(x, p, log_decay, angle, gamma, omega, states)
         ctx.rows, ctx.state_dtype = rows, state_dtype  # type: ignore[attr-defined]
         ctx.set_materialize_grads(False)
@@ -86,23 +86,25 @@ class _Cema(torch.autograd.Function):
         carry, wide = states.real.dtype, torch.promote_types(x.dtype, torch.float32)
         packed, d_packed = _pack(x, rows), _pack(torch.zeros_like(x) if dy is None else dy, rows)
         dx, end = torch.empty_like(packed), _End(rows)
-        d_h0, tail = torch.empty_like(states[:, :, 0]), x.new_empty(x.shape[-1], len(x), rows.width, dtype=wide)
+        d_h0, tail = torch.empty_like(states[0]), x.new_empty(x.shape[-1], len(x), rows.width, dtype=wide)
         d_final = None if dh is None else torch.view_as_complex(dh.to(carry)).transpose(0, 1)  # (D, B, N)
         gradients = []
         for c in _blocks(x.shape[-1], CHANNELS):
             tables = Tables.of(p[c], log_decay[c], angle[c], gamma[c], omega[c], rows.width, wide)
-            sums = Sums(tables) if any(ctx.needs_input_grad[1:6]) else None  # type: ignore[attr-defined]
+            sums = Sums() if any(ctx.needs_input_grad[1:6]) else None  # type: ignore[attr-defined]
             arriving = None
             if d_final is not None:
                 decay, G = power(log_decay[c], angle[c], end.length, carry), d_final[c]
-                arriving, G_wide = decay.conj() * G, G.to(wide.to_complex())
-                tail[c] = tables.tokens_gradient(G_wide)
+                arriving, pairs = decay.conj() * G, as_pairs(G.contiguous()).to(wide)
+                tail[c] = torch.bmm(pairs, tables.enter.mT)
                 if sums:
-                    sums.add_input(end.tokens(x[..., c], wide), G_wide)
-                    sums.add_carry(end.of_states(states[c]), decay, end.length[:, None], G)
+                    sums.add_input(end.tokens(x[..., c], wide), pairs)
+                    for b, steps in enumerate(end.length.tolist()):
+                        h = end.of_states(states[:, c])[None, :, b]
+                        sums.add_carry(h, decay[:, b], steps, G[None, :, b])
             decay = power(log_decay[c], angle[c], rows.width, carry)
-            d_h0[c] = _backward(packed[c], d_packed[c], tables, decay, states[c], arriving, dx[c], rows, sums)
-            gradients.append(sums.gradients() if sums else (None,) * 5)
+            d_h0[c] = _backward(packed[c], d_packed[c], tables, decay, states[:, c], arriving, dx[c], rows, sums)
+            gradients.append(sums.gradients(p[c], log_decay[c], angle[c], gamma[c]) if sums else (None,) * 5)
         d_x = _unpack(dx, rows, x.shape[1])
         if d_final is not None:
             d_x[:, -rows.width :] += tail.permute(1, 2, 0).masked_fill(end.absent[..., None], 0)
@@ -112,20 +114,20 @@ class _Cema(torch.autograd.Function):
 
 
 def _forward(x: Tensor, tables: Tables, decay: Tensor, states: Tensor, y: Tensor, rows: Rows) -> None:
-    """From rows x (D, B, R, T) and the first of the states (D, B, R + 1, N): the other states and y, both in place."""
-    begins = rows.begins.any(dim=0).tolist()
-    states[:, :, 0].masked_fill_(rows.begins[:, 0, None], 0)
+    """From rows x (D, B, R, T) and the first of the states (R + 1, D, B, N): the other states and y, both in place."""
+    begins, wide = rows.begins.any(dim=0).tolist(), tables.kernel.dtype
+    states[0].masked_fill_(rows.begins[:, 0, None], 0)
     for span in _spans(rows):
-        tokens = x[:, :, span].flatten(1, 2).to(tables.kernel.dtype)
-        behind = states[:, :, span.start + 1 : span.stop + 1]
-        behind.copy_(tables.gain(tokens).view_as(behind))
-        for r in range(span.start, span.stop):
-            states[:, :, r + 1].addcmul_(decay, states[:, :, r])
-            if r + 1 < len(begins) and begins[r + 1]:
-                states[:, :, r + 1].masked_fill_(rows.begins[:, r + 1, None], 0)
-        h = states[:, :, span].flatten(1, 2).to(tables.q.dtype)
-        read = as_pairs((h * (tables.gamma * tables.q)).conj())
-        out = torch.bmm(tokens, tables.kernel).baddbmm_(read, as_pairs(tables.powers).mT)
+        tokens = x[:, :, span].flatten(1, 2).to(wide)
+        seen = states[span.start : span.stop + 1]
+        seen[1:] = as_complex(torch.bmm(tokens, tables.enter)).unflatten(1, (x.shape[1], -1)).permute(2, 0, 1, 3)
+        row = seen.unbind(0)
+        for r in range(len(row) - 1):
+            row[r + 1].addcmul_(decay, row[r])
+            after = span.start + r + 1
+            if after < len(begins) and begins[after]:
+                row[r + 1].masked_fill_(rows.begins[:, after, None], 0)
+        out = torch.bmm(tokens, tables.kernel).baddbmm_(_beside_tokens(seen[:-1], wide), tables.leave.mT)
         y[:, :, span] = out.view_as(y[:, :, span])
 
 
@@ -140,40 +142,46 @@ def _backward(
     rows: Rows,
     sums: Sums | None,
 ) -> Tensor:
-    """Fill dx and the sums; return the gradient of the first state. With s = Σ_t q^t dy_t of a row:
+    """Fill dx and the sums; return the gradient of the first state (D, B, N):
 
-        dh = conj(gamma q s) + conj(q^T) G   is the G of the row before, 0 where this row begins a document
-        dx = Kᵀ dy + Re Σ_n conj(q^(T-1-t)) p G
+        dh = Σ_t dy_t conj(gamma q^(t+1)) + conj(q^T) G   is the G of the row before, 0 where this row begins a document
+        dx = Kᵀ dy + Re Σ_n conj(p q^(T-1-t)) G
 
     Args:
         arriving: (D, B, N): what the final state adds to that before the last row of each batch row.
     """
-    back, begins = decay.conj().resolve_conj(), rows.begins.any(dim=0).tolist()
-    ends, g = _End(rows).row.tolist(), torch.zeros_like(states[:, :, 0])
+    back, begins, wide = decay.conj().resolve_conj(), rows.begins.any(dim=0).tolist(), tables.kernel.dtype
+    ends, first = _End(rows).row.tolist(), torch.zeros_like(states[0])
     for span in reversed(_spans(rows)):
-        d_out = dy[:, :, span].flatten(1, 2).to(tables.kernel.dtype)
-        s = as_complex(torch.bmm(d_out, as_pairs(tables.powers)))
-        own = (s * (tables.gamma * tables.q)).conj_physical_().to(g.dtype).unflatten(1, (x.shape[1], -1))
-        G = torch.empty_like(own)  # of the state behind each row
+        d_out = dy[:, :, span].flatten(1, 2).to(wide)
+        # Of the state before each row of the span, and behind it that of the state after the last one.
+        G = torch.empty_like(states[span.start : span.stop + 1])
+        G[:-1] = as_complex(torch.bmm(d_out, tables.leave)).unflatten(1, (x.shape[1], -1)).permute(2, 0, 1, 3)
+        G[-1] = first
         if arriving is not None:
             for b, end in enumerate(ends):
                 if span.start <= end < span.stop:
-                    own[:, b, end - span.start] += arriving[:, b]
-        for r in reversed(range(span.start, span.stop)):
-            G[:, :, r - span.start] = g
-            g = torch.addcmul(own[:, :, r - span.start], back, g)
-            if begins[r]:
-                g.masked_fill_(rows.begins[:, r, None], 0)
-        G_wide, h = G.flatten(1, 2).to(s.dtype), states[:, :, span].flatten(1, 2)
-        d_tokens = torch.bmm(d_out, tables.kernel.mT)
-        d_tokens += tables.tokens_gradient(G_wide)
+                    G[end - span.start, :, b] += arriving[:, b]
+        row = G.unbind(0)
+        for r in reversed(range(len(row) - 1)):
+            row[r].addcmul_(back, row[r + 1])
+            if begins[span.start + r]:
+                row[r].masked_fill_(rows.begins[:, span.start + r, None], 0)
+        first, behind = row[0], _beside_tokens(G[1:], wide)
+        d_tokens = torch.bmm(d_out, tables.kernel.mT).baddbmm_(behind, tables.enter.mT)
         dx[:, :, span] = d_tokens.view_as(dx[:, :, span])
         if sums:
-            tokens = x[:, :, span].flatten(1, 2).to(d_out.dtype)
-            sums.add_output(tokens, d_out, s, h.to(s.dtype))
-            sums.add_input(tokens, G_wide)
-            sums.add_carry(h, decay, rows.width, G.flatten(1, 2))
-    return g
+            tokens, h = x[:, :, span].flatten(1, 2).to(wide), states[span]
+            sums.add_output(tokens, d_out, _beside_tokens(h, wide))
+            sums.add_input(tokens, behind)
+            for b in range(x.shape[1]):
+                sums.add_carry(h[:, :, b], decay[:, 0], rows.width, G[1:, :, b])
+    return first
+
+
+def _beside_tokens(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """States of rows (R, D, B, N), laid out as the tokens of these rows are: pairs (D, B·R, 2N) in `dtype`."""
+    return as_pairs(states.permute(1, 2, 0, 3).contiguous()).flatten(1, 2).to(dtype)
 
 
 class _End:
@@ -191,8 +199,8 @@ class _End:
         self.absent = torch.arange(rows.width, device=length.device) < rows.width - length
 
     def of_states(self, states: Tensor) -> Tensor:
-        """The states before these rows: (D, B, R + 1, N) -> (D, B, N)."""
-        return states[:, torch.arange(len(self.row), device=states.device), self.row]
+        """The states before these rows: (R + 1, D, B, N) -> (D, B, N)."""
+        return states[self.row, :, torch.arange(len(self.row), device=states.device)].transpose(0, 1)
 
     def tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Their tokens, zeros before them: (B, L, D) -> (D, B, T)."""

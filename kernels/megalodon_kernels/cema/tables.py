@@ -1,7 +1,9 @@
-"""Tables that CEMA multiplies rows of tokens with: powers of q, the kernel of a row, and what their gradients make.
+"""Tables that CEMA multiplies rows of tokens with, and what the parameters get from the gradients of the tables.
 
-Exponentials are formed in float64 from log q; a table of powers is the outer product of two short ranges of them. A
-complex number is a pair of real ones in memory, so that one real matrix product serves both parts. Not here: tokens.
+A state is read and written by way of tables alone, into which p and gamma are folded: a pass over a table costs less
+than one over the states. Exponentials are formed in float64 from log q; a table is the outer product of two short
+ranges of powers. A complex number is a pair of real ones in memory, so that one real matrix product serves both parts.
+Not here: tokens.
 """
 
 from typing import NamedTuple, Self
@@ -17,41 +19,89 @@ class Tables(NamedTuple):
     """What a row of T tokens is multiplied with.
 
     Shapes:
-        powers: (D, T, N) complex: q^t.
-        behind: (D, T, N) complex: q^(T-1-t), what is left of token t at the end of the row.
+        enter:  (D, T, 2N), pairs of p q^(T-1-t): what token t adds to the state behind the row.
+        leave:  (D, T, 2N), pairs of conj(gamma q^(t+1)): what token t reads of the state before the row.
         kernel: (D, T, T): K transposed, [j, i] = k[i - j] for i ≥ j, else 0.
-        p, gamma, q: (D, 1, N), the last two complex.
     """
 
-    powers: Tensor
-    behind: Tensor
+    enter: Tensor
+    leave: Tensor
     kernel: Tensor
-    p: Tensor
-    gamma: Tensor
-    q: Tensor
 
     @classmethod
     def of(
         cls, p: Tensor, log_decay: Tensor, angle: Tensor, gamma: Tensor, omega: Tensor, T: int, dtype: torch.dtype
     ) -> Self:
-        """Form them in `dtype`, float32 or float64, and the complex type that belongs to it."""
-        t = torch.arange(max(T, _STEP), device=p.device)
-        low, high = (power(log_decay, angle, part, dtype) for part in (t[:_STEP], t[:T:_STEP]))
-        powers = (high[:, :, None] * low[:, None]).flatten(1, 2)[:, :T]
-        p, gamma = p.to(dtype)[:, None], torch.view_as_complex(gamma.to(dtype))[:, None]
-        k = torch.bmm(as_pairs(powers), as_pairs((p * gamma).conj()).mT)[..., 0]  # (D, T)
-        k[:, 0] += omega.to(dtype)
+        """Form them in `dtype`, float32 or float64."""
+        low, high = _ranges(log_decay, angle, T, dtype)
+        q, p, gamma = low[:, 1:2], p.to(dtype)[:, None], torch.view_as_complex(gamma.to(dtype))[:, None]
+        enter = as_pairs(_outer(high.flip(1) * p, low.flip(1))[:, -T:])
+        leave = as_pairs(_outer((high * (gamma * q)).conj().resolve_conj(), low.conj().resolve_conj())[:, :T])
+        k = pad(torch.bmm(leave[:, : T - 1], as_pairs(torch.complex(p, torch.zeros_like(p))).mT)[..., 0], (1, 0))
+        k[:, 0] = (p * gamma.real).sum((1, 2)) + omega.to(dtype)
         # w[a + b], with w = (T-1 zeros, k), is row T-1-a of the table.
-        kernel = pad(k, (T - 1, 0)).unfold(-1, T, 1).flip(1)
-        return cls(powers, powers.flip(1), kernel, p, gamma, low[:, 1:2])
+        return cls(enter, leave, pad(k, (T - 1, 0)).unfold(-1, T, 1).flip(1))
 
-    def gain(self, tokens: Tensor) -> Tensor:
-        """p u, what rows of tokens (D, M, T) add to the state: (D, M, N) complex."""
-        return as_complex(torch.bmm(tokens, as_pairs(self.behind))).mul_(self.p)
 
-    def tokens_gradient(self, G: Tensor) -> Tensor:
-        """What rows get from the gradients G (D, M, N) of the states behind them: (D, M, T)."""
-        return torch.bmm(as_pairs(self.p * G), as_pairs(self.behind).mT)
+class Sums:
+    """What the five coefficients get, gathered over rows of tokens, by way of the tables.
+
+        dk[τ] = Σ_t dy_t x_(t-τ),   F_t = Σ x_t G,   E_t = Σ dy_t h     sums over rows
+        domega   = dk[0]
+        dp       = Re Σ_t conj(q^t) F_(T-1-t) + Re Σ_τ dk[τ] gamma q^τ
+        dgamma   = Σ_t conj(q^(t+1) E_t) + Σ_τ dk[τ] conj(p q^τ)
+        dlog q   = p Σ_t t conj(q^t) F_(T-1-t) + Σ_t (t+1) conj(gamma q^(t+1) E_t) + Σ_τ τ dk[τ] conj(p gamma q^τ)
+                   + Σ steps conj(q^steps h) G: no negative powers, right also as q -> 0
+
+    h is the state before a row, G the gradient of that behind it, steps the tokens of the row.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._carried: Tensor | float = 0.0
+
+    def add_output(self, tokens: Tensor, dy: Tensor, h: Tensor) -> None:
+        """Of y, by way of the kernel and of the states before: (D, M, T) twice, pairs (D, M, 2N)."""
+        self._add("kernel", tokens, dy)
+        self._add("leave", dy, h)
+
+    def add_input(self, tokens: Tensor, G: Tensor) -> None:
+        """Of the states behind rows of tokens (D, M, T), from the gradients G, pairs (D, M, 2N), of these."""
+        self._add("enter", tokens, G)
+
+    def add_carry(self, h: Tensor, decay: Tensor, steps: Tensor | int, G: Tensor) -> None:
+        """Of decay h, decay = q^steps (D, N) in each of M rows, from its gradients G; both (M, D, N)."""
+        # Once more in float64: there are as many terms as rows in the whole sequence.
+        self._carried = self._carried + steps * decay.conj() * _total(torch.conj_physical(h).mul_(G)).cdouble()
+
+    def _add(self, name: str, a: Tensor, b: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name].baddbmm_(a.mT, b)
+        else:
+            self._sums[name] = torch.bmm(a.mT, b)
+
+    def gradients(
+        self, p: Tensor, log_decay: Tensor, angle: Tensor, gamma: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Those of p, log_decay, angle, gamma, omega, in their shapes."""
+        products, E, F = (self._sums[name] for name in ("kernel", "leave", "enter"))
+        (D, T, _), dtype = products.shape, products.dtype
+        low, high = (x.conj().resolve_conj() for x in _ranges(log_decay, angle, T, dtype))
+        powers, q = _outer(high, low)[:, :T], low[:, 1].conj()  # the powers are those of conj(q)
+        p, gamma = p.to(dtype), torch.view_as_complex(gamma.to(dtype))
+        # With T zeros behind each line, read with lines one longer, a diagonal is a column.
+        dk = pad(products, (0, T)).as_strided((D, T, T), (2 * T * T, 2 * T + 1, 1)).sum(1)
+        t = torch.arange(T, dtype=dtype, device=dk.device)
+        weights = torch.stack([torch.ones_like(t), t])  # Σ_t and Σ_t t of what follows
+        both = as_complex(torch.stack([F.flip(1), E], dim=1))  # (D, 2, T, N)
+        both[:, 1].conj_physical_()
+        into, out_of = as_complex(torch.matmul(weights, as_pairs(both.mul_(powers[:, None])))).unbind(1)
+        inside = as_complex(torch.bmm(weights * dk[:, None], as_pairs(powers)))  # (D, 2, N)
+        d_p = (into[:, 0] + gamma.conj() * inside[:, 0]).real
+        d_gamma = q.conj() * out_of[:, 0] + p * inside[:, 0]
+        d_log_q = p * into[:, 1] + gamma.conj() * (q.conj() * (out_of[:, 0] + out_of[:, 1]) + p * inside[:, 1])
+        d_log_q = d_log_q + self._carried
+        return d_p, d_log_q.real, d_log_q.imag, torch.view_as_real(d_gamma), dk[:, 0]
 
 
 def power(log_decay: Tensor, angle: Tensor, t: Tensor | int, dtype: torch.dtype) -> Tensor:
@@ -64,7 +114,7 @@ def power(log_decay: Tensor, angle: Tensor, t: Tensor | int, dtype: torch.dtype)
 
 def as_pairs(z: Tensor) -> Tensor:
     """(..., N) complex -> (..., 2N), so that Σ pairs(a) pairs(b) = Re Σ conj(a) b."""
-    return torch.view_as_real(z.resolve_conj()).flatten(-2)
+    return torch.view_as_real(z).flatten(-2)
 
 
 def as_complex(pairs: Tensor) -> Tensor:
@@ -72,59 +122,17 @@ def as_complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
 
 
-class Sums:
-    """Gradients of p, log_decay, angle, gamma, omega, gathered over rows of tokens.
+def _ranges(log_decay: Tensor, angle: Tensor, T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """q^0 to q^7, and q^0, q^8, q^16 ... : whose outer product has the first T powers, and up to 7 more."""
+    steps = torch.arange(-(-T // _STEP), device=angle.device) * _STEP
+    powers = power(log_decay, angle, torch.cat([torch.arange(_STEP, device=angle.device), steps]), dtype)
+    return powers[:, :_STEP], powers[:, _STEP:]
 
-        dk[τ] = Σ_t dy_t x_(t-τ),   domega = dk[0],   dp = Σ Re(G conj(u)) + Σ_τ dk[τ] Re(gamma q^τ)
-        dgamma = conj(q) Σ conj(s h) + Σ_τ dk[τ] conj(p q^τ)
-        dlog q = Σ_t t conj(q^t) d(q^t) + conj(gamma q) Σ conj(s h): no negative powers, right also as q -> 0
 
-    Sums over rows; s = Σ_t q^t dy_t, u = Σ_t q^(T-1-t) x_t, h the state before a row, G the gradient of that behind it.
-    """
-
-    def __init__(self, tables: Tables) -> None:
-        self.tables = tables
-        D, T, N = tables.powers.shape
-        new = tables.p.new_zeros
-        self.products = new(D, T, T)  # x dyᵀ
-        self.d_powers, self.d_behind = new(D, T, 2 * N), new(D, T, 2 * N)
-        self.d_p, self.d_read = new(D, N), as_complex(new(D, 2 * N))
-        self.d_log_q = as_complex(new(D, 2 * N, dtype=torch.float64))
-
-    def add_output(self, tokens: Tensor, dy: Tensor, s: Tensor, h: Tensor) -> None:
-        """Of y, by way of the kernel and of the states before: (D, M, T) twice, (D, M, N) twice."""
-        self.products.baddbmm_(tokens.mT, dy)
-        self.d_powers.baddbmm_(dy.mT, as_pairs((h * (self.tables.gamma * self.tables.q)).conj()))
-        self.d_read += _total(s * h).conj()
-
-    def add_input(self, tokens: Tensor, G: Tensor) -> None:
-        """Of the states behind rows of tokens (D, M, T), from the gradients G (D, M, N) of these."""
-        u = torch.bmm(tokens, as_pairs(self.tables.behind))
-        self.d_p += (u * as_pairs(G)).unflatten(-1, (-1, 2)).sum((1, 3))
-        self.d_behind.baddbmm_(tokens.mT, as_pairs(self.tables.p * G))
-
-    def add_carry(self, h: Tensor, decay: Tensor, steps: Tensor | int, G: Tensor) -> None:
-        """Of decay h, decay = q^steps (D, M or 1, N), from its gradients G (D, M, N)."""
-        self.d_log_q += _total((steps * decay * h).conj() * G)
-
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the five coefficients get, in their shapes."""
-        powers, _, _, p, gamma, q = self.tables
-        D, T, _ = powers.shape
-        # With T zeros behind each line, read with lines one longer, a diagonal is a column.
-        dk = pad(self.products, (0, T)).as_strided((D, T, T), (2 * T * T, 2 * T + 1, 1)).sum(1)
-        t = torch.arange(T, dtype=dk.dtype, device=dk.device)
-        moments = as_complex(torch.bmm(torch.stack([dk, t * dk], dim=1), as_pairs(powers)))
-        level, slope = moments[:, :1], moments[:, 1:]  # Σ_τ dk[τ] q^τ, Σ_τ τ dk[τ] q^τ
-        d_read = self.d_read[:, None]
-        d_gamma = q.conj() * d_read + (p * level).conj()
-        d_powers = as_complex(self.d_powers) + as_complex(self.d_behind).flip(1)
-        d_log_q = self.d_log_q + _total(d_powers * (t[:, None] * powers).conj())
-        d_log_q += ((gamma * q).conj() * d_read + (p * gamma * slope).conj())[:, 0]
-        d_p = self.d_p + (gamma * level).real[:, 0]
-        return d_p, d_log_q.real, d_log_q.imag, torch.view_as_real(d_gamma[:, 0].resolve_conj()), dk[:, 0]
+def _outer(high: Tensor, low: Tensor) -> Tensor:
+    return (high[:, :, None] * low[:, None]).flatten(1, 2)
 
 
 def _total(z: Tensor) -> Tensor:
-    """Sum over the middle dimension: (D, M, N) complex -> (D, N)."""
-    return torch.view_as_complex(torch.view_as_real(z.resolve_conj()).sum(1))
+    """Sum over the rows: (M, D, N) complex -> (D, N)."""
+    return torch.view_as_complex(torch.view_as_real(z).sum(0))
