@@ -111,8 +111,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
         allowed, dropout = ctx.allowed, ctx.dropout  # type: ignore[attr-defined]
         wide = torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for i, block in enumerate(_blocks(q.shape[1], k.shape[1])):
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k, dtype=wide), torch.empty_like(v, dtype=wide)
+        # From the last block, which sees every key and so leaves no gradient to set to zero before.
+        for i, block in reversed(list(enumerate(_blocks(q.shape[1], k.shape[1])))):
             own, seen = slice(block.begin, block.end), slice(0, block.keys)
             weights = used = _weights(q, k, block, allowed)
             d_weights = torch.bmm(dy[:, own], v[:, seen].mT).to(wide)
@@ -121,17 +122,21 @@ class _Attention(torch.autograd.Function):
                 used = torch.where(kept[i], weights / (1 - dropout), 0.0)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, wide)
             dq[:, own] = torch.bmm(d_scores, k[:, seen].to(wide))
-            _add_product(dk[:, seen], d_scores.mT, q[:, own].to(wide))
-            _add_product(dv[:, seen], used.mT.to(dy.dtype), dy[:, own])
+            add = block.keys < k.shape[1]
+            _put_product(dk[:, seen], d_scores.mT, q[:, own].to(wide), add)
+            _put_product(dv[:, seen], used.mT.to(dy.dtype), dy[:, own], add)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in one pass where the dtypes agree."""
-    if a.dtype == total.dtype:
+def _put_product(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """total = a b, or total += a b; in one pass where the dtypes agree."""
+    if a.dtype != total.dtype:
+        product = torch.bmm(a, b)
+        total.add_(product) if add else total.copy_(product)
+    elif add:
         total.baddbmm_(a, b)
     else:
-        total += torch.bmm(a, b)
+        torch.bmm(a, b, out=total)
 
 
 def _still_open(
