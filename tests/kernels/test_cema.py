@@ -13,7 +13,7 @@ from torch import Tensor
 
 import megalodon_kernels
 from megalodon_kernels.cases import cases
-from megalodon_kernels.cema import kernel
+from megalodon_kernels.cema import kernel, portable
 from megalodon_kernels.cema.kernel import ROW, row_table
 from megalodon_kernels.rows import cut
 
@@ -46,6 +46,19 @@ def test_several_programs_share_the_channels(monkeypatch: pytest.MonkeyPatch) ->
     expected = run("cema", inputs, "reference")
     monkeypatch.setattr(kernel, "SMALL", kernel.Tile(2, 4, 4))
     actual = run("cema", inputs, "triton")
+    for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        assert_close(a, e, OP[torch.float64])
+
+
+def test_the_portable_path_adds_up_over_spans_and_blocks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows a span, two of three channels a block, a document that begins in the middle."""
+    draw, starts = torch.Generator().manual_seed(3), torch.arange(6 * 32 + 5).expand(2, -1) == 100
+    x = torch.randn(2, 6 * 32 + 5, 3, dtype=torch.float64, generator=draw)
+    inputs = inputs_of(37) | {"x": x, "starts": starts}
+    expected = run("cema", inputs, "reference")
+    monkeypatch.setattr(portable, "SPAN", 2 * 2 * 32)
+    monkeypatch.setattr(portable, "CHANNELS", 2)
+    actual = run("cema", inputs, "portable")
     for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
         assert_close(a, e, OP[torch.float64])
 

@@ -72,7 +72,9 @@ class Sums:
     def add_carry(self, h: Tensor, decay: Tensor, steps: Tensor | int, G: Tensor) -> None:
         """Of decay h, decay = q^steps (D, N) in each of M rows, from its gradients G; both (M, D, N)."""
         # Once more in float64: there are as many terms as rows in the whole sequence.
-        self._carried = self._carried + steps * decay.conj() * _total(torch.conj_physical(h).mul_(G)).cdouble()
+        self._carried = self._carried + steps * decay.conj() * _total(torch.conj_physical(h).mul_(G)).to(
+            torch.complex128
+        )
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
         if name in self._sums:
