@@ -2,7 +2,8 @@
 
 A batch (B, L) may hold several documents one behind the other. Every document is cut, from its own beginning, into
 rows of at most `size` tokens; rows never cross a document start. Packed, the tokens lie in a tensor (B, R, T, ...) with
-zeros behind the end of a short row. Not here: what an op does with its rows.
+zeros behind the end of a short row. Ops that sum over time want the tokens of a feature side by side: the last two
+functions. Not here: what an op does with its rows.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
+
+# Of a transposed copy; in one piece it walks through all of memory once for every cache line, and a power of two between
+# its steps leaves it a corner of the cache. 4096 x 512 float32 on two AVX-512 cores: 6.1 ms to features first and 2.9 ms
+# back in one piece, 1.6 ms and 1.1 ms so.
+TOKENS, FEATURES = 512, 32
 
 
 class Rows(NamedTuple):
@@ -113,3 +119,28 @@ class _Gather(torch.autograd.Function):
         packed = grad.new_zeros(ctx.num_slots, *grad.shape[1:])  # type: ignore[attr-defined]
         packed[slot] = grad
         return packed, None
+
+
+def features_first(x: Tensor) -> Tensor:
+    """(B, L, D) -> (D, B, L) in memory, which costs no copy where x lies so; outside of autograd."""
+    turned = x.permute(2, 0, 1)
+    if turned.is_contiguous() or not x.is_cpu:
+        return turned.contiguous()
+    out = torch.empty(turned.shape, dtype=x.dtype)
+    for b in range(len(x)):
+        for begin in range(0, x.shape[1], TOKENS):
+            span = slice(begin, begin + TOKENS)
+            out[:, b, span] = turned[:, b, span]
+    return out
+
+
+def features_last(x: Tensor) -> Tensor:
+    """The inverse: (D, B, L) -> (B, L, D)."""
+    turned = x.permute(1, 2, 0)
+    if turned.is_contiguous() or not x.is_cpu:
+        return turned.contiguous()
+    out = torch.empty(turned.shape, dtype=x.dtype)
+    for begin in range(0, len(x), FEATURES):
+        block = slice(begin, begin + FEATURES)
+        out[..., block] = turned[..., block]
+    return out

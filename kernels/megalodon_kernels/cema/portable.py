@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megalodon_kernels.cema.tables import Sums, Tables, as_complex, as_pairs, power
-from megalodon_kernels.rows import Rows, cut
+from megalodon_kernels.rows import Rows, cut, features_first
 
 # Twice the row doubles the work of K and the memory of its table, and halves the loop over rows and the states that are
 # kept: as many bytes as x in float32. Forward and backward on two AVX-512 cores at (B, L, D, N) = (1, 2048, 256, 16):
@@ -219,7 +219,8 @@ def _spans(rows: Rows) -> list[slice]:
 
 def _pack(x: Tensor, rows: Rows) -> Tensor:
     """(B, L, D) -> (D, B, R, T) in memory, which costs no copy where x lies so and no row is short."""
-    return rows.pack(x).permute(3, 0, 1, 2).contiguous()
+    B, R = rows.length.shape
+    return features_first(rows.pack(x).flatten(1, 2)).view(-1, B, R, rows.width)
 
 
 def _unpack(x: Tensor, rows: Rows, length: int) -> Tensor:

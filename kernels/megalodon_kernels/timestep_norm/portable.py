@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megalodon_kernels.rows import features_first, features_last
 from megalodon_kernels.timestep_norm.statistics import Statistics, no_statistics
 
 
@@ -92,7 +93,7 @@ class _Documents:
 
 def _channels_first(x: Tensor, dtype: torch.dtype, num_groups: int) -> Tensor:
     """(B, L, D) -> (G, D/G, B·L) in memory."""
-    return x.permute(2, 0, 1).contiguous().to(dtype).view(num_groups, -1, x.shape[0] * x.shape[1])
+    return features_first(x).to(dtype).view(num_groups, -1, x.shape[0] * x.shape[1])
 
 
 class _TimestepNorm(torch.autograd.Function):
@@ -170,7 +171,7 @@ class _TimestepNorm(torch.autograd.Function):
         slope = (2 / width * B / rs).to(z.dtype)
         dx = (dy * w).mul_(rs.to(z.dtype)[:, None]).addcmul_(z, slope[:, None]).add_(level[:, None])
         return (
-            dx.view(shape).permute(1, 2, 0).to(dtype, memory_format=torch.contiguous_format),
+            features_last(dx.to(dtype).view(shape)),
             d_weight.flatten().to(weight.dtype),
             d_bias.flatten().to(ctx.bias_dtype),  # type: ignore[attr-defined]
             d_mean0.T,
