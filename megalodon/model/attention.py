@@ -1,6 +1,6 @@
 """Attention inside chunks: where each token stands, by which angles queries and keys turn -> op.
 
-Not here: the projections and the gate (megalodon.py), the turning itself and the softmax (megalodon_kernels).
+Not here: the projections (megalodon.py), the turning itself, the softmax and the gating (megalodon_kernels).
 """
 
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def document_positions(before: Tensor, starts: Tensor | None, length: int) -> Te
 
 
 class ChunkAttention(nn.Module):
-    """softmax(q kᵀ) v inside each chunk of a document (arXiv 2404.08801, section 3.3); has no parameters.
+    """silu(r) ⊙ softmax(q kᵀ) v inside each chunk of a document (arXiv 2404.08801, section 3.3); has no parameters.
 
     Args:
         chunk_size: C, tokens.
@@ -82,9 +82,12 @@ class ChunkAttention(nn.Module):
         self.chunk_size, self.dropout, self.backend = chunk_size, dropout, backend
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, place: Place, open_chunk: tuple[Tensor, Tensor] | None
+        self, q: Tensor, k: Tensor, v: Tensor, r: Tensor, place: Place, open_chunk: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, H, ·) turned queries and keys, values -> (B, L, V), and keys and values of the chunk still open."""
+        """Turned queries and keys, values (B, L, H, ·), gate r (B, L, V) before its SiLU -> (B, L, V); the open chunk.
+
+        The keys and values of the chunk that is still open come back for the next call.
+        """
         open_k, open_v = open_chunk or (None, None)
         y, open_k, open_v = chunk_attention(
             q,
@@ -95,6 +98,7 @@ class ChunkAttention(nn.Module):
             open_k,
             open_v,
             place.starts,
+            r.view_as(v),
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
         )

@@ -161,8 +161,8 @@ class Mega(Float32Module):
         v = swiglu(self.wv(u), backend=self.backend).unflatten(-1, (self.num_heads, -1))
         z = self.wz(m)
         q, k = qk_rope(z, self.gamma, self.beta, place.turn, eps=self.eps, dtype=v.dtype, backend=self.backend)
-        attended, open_k, open_v = self.attention(q, k, v, place, state and (state.k, state.v))
-        gated = dropout(swiglu(self.wr(m), attended, backend=self.backend), self.hidden_dropout, self.training)
+        gated, open_k, open_v = self.attention(q, k, v, self.wr(m), place, state and (state.k, state.v))
+        gated = dropout(gated, self.hidden_dropout, self.training)
         y = dropout(self.wh1(m) + self.wh2(gated), self.dropout, self.training)
         return y.to(x.dtype) + x, LayerState(open_k, open_v, norm, h)
 

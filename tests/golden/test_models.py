@@ -15,15 +15,18 @@ from tolerances import (
     GOLDEN_LOSS,
     GOLDEN_STATE,
     ONE_TOKEN_ZERO,
+    OP,
     assert_close,
     assert_near,
 )
 from torch import Tensor
+from torch.nn.functional import silu
 
 import megalodon
 from megalodon.model.loss import cross_entropy, token_losses
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
+from megalodon_kernels import chunk_attention
 from megalodon_kernels.qk_rope.reference import rotate
 
 pytestmark = needs_golden
@@ -85,7 +88,7 @@ def hidden_values(net: Megalodon, tokens: Tensor) -> dict[str, Tensor]:
         mega, prefix = block.mega, f"layer{i}."
         named = {"timenorm": (mega.timenorm, 0), "cema": (mega.cema, 0), "rmsnorm": (mega.rmsnorm, None)}
         named |= {
-            "attn": (mega.attention, 0),
+            "gated": (mega.attention, 0),
             "mega": (mega, 0),
             "nffn_norm": (block.nffn.norm, None),
             "out": (block, 0),
@@ -93,7 +96,10 @@ def hidden_values(net: Megalodon, tokens: Tensor) -> dict[str, Tensor]:
         handles += [part.register_forward_hook(keep(prefix + n, which)) for n, (part, which) in named.items()]
 
         def before(_module: torch.nn.Module, inputs: tuple[Tensor, ...], prefix: str = prefix) -> None:
-            q, k, found[prefix + "v"], place = inputs[:4]
+            q, k, found[prefix + "v"], found[prefix + "r"], place = inputs[:5]
+            # The op gates as it attends, so the recorded value before the gate is formed here, of what the op is given.
+            chunk = net.config.chunk_size
+            found[prefix + "attn"], _, _ = chunk_attention(q, k, found[prefix + "v"], chunk, starts=place.starts)
             back = place.turn * place.turn.new_tensor([1, -1])  # recorded before the rotation
             found[prefix + "q"], found[prefix + "k"] = (rotate(x, back) for x in (q, k))
 
@@ -105,6 +111,8 @@ def hidden_values(net: Megalodon, tokens: Tensor) -> dict[str, Tensor]:
         handle.remove()
     found["final_norm"] = final
     for i, block in enumerate(net.layers):
+        attended, r = found[f"layer{i}.attn"].flatten(2), found[f"layer{i}.r"]
+        assert_close(found[f"layer{i}.gated"], silu(r) * attended, OP[final.dtype], f"layer{i}.gated")
         # znorm is not a value of ours: the affine maps of q and k are folded into one step. Undo the one of q.
         mega, heads = block.mega, net.config.num_heads
         scale = (1 + mega.gamma[0]).unflatten(-1, (heads, -1)) / (net.config.z_dim // heads) ** 0.5
