@@ -143,10 +143,10 @@ def evaluate(
 @torch.no_grad()
 def _losses(model: Megalodon, batch: Batch, num_classes: int, block: int, bf16: bool) -> NDArray[np.float64]:
     """(B, L) nats, 0 where ignored."""
-    tokens, targets, starts = (torch.from_numpy(x).to(model.device) for x in batch)
+    tokens, targets, starts = (torch.from_numpy(x) for x in batch)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        hidden, _ = model.hidden(tokens, starts=starts if bool(batch.starts.any()) else None)
-        losses = token_losses(hidden, model.output_weight, targets, block, num_classes=num_classes)
+        hidden, _ = model.hidden(tokens.to(model.device), starts=starts if bool(starts.any()) else None)
+        losses = token_losses(hidden, model.output_weight, targets.to(model.device), block, num_classes=num_classes)
     found: NDArray[np.float64] = losses.double().cpu().numpy()
     return found
 

@@ -16,15 +16,17 @@ class Place(NamedTuple):
     """Where the tokens of a call stand; the same for every layer.
 
     Shapes:
-        before: (B,) int64: tokens of the current document before this call.
-        after:  (B,) int64: the same after it.
-        starts: (B, L) bool or None: True at the first token of a document.
-        turn:   (B or 1, L, Z/H/2, 2): cosine and sine by which each token's queries and keys turn.
+        before:  (B,) int64: tokens of the current document before this call; None means 0 in every row.
+        after:   (B,) int64: the same after it.
+        starts:  (B, L) bool or None: True at the first token of a document.
+        longest: tokens in the fullest open chunk after this call, known to the host.
+        turn:    (B or 1, L, Z/H/2, 2): cosine and sine by which each token's queries and keys turn.
     """
 
-    before: Tensor
+    before: Tensor | None
     after: Tensor
     starts: Tensor | None
+    longest: int
     turn: Tensor
 
 
@@ -59,12 +61,11 @@ def rotary_frequencies(head_dim: int, base: float) -> Tensor:
 
 
 def document_positions(before: Tensor, starts: Tensor | None, length: int) -> Tensor:
-    """Position of each token in its document: (B, L); (1, L) when all rows are alike."""
+    """Position of each token in its document: (B, L); `before` (B,), or (1,) for rows that are alike, then (1, L)."""
     t = torch.arange(length, device=before.device)
     if starts is None:
-        rows = before[:1] if bool((before == before[0]).all()) else before
-        return rows[:, None] + t
-    t = t.expand(len(before), length)
+        return before[:, None] + t
+    t = t.expand(len(starts), length)
     last_start = torch.where(starts, t, 0).cummax(dim=1).values
     return t - last_start + torch.where(starts.cumsum(1) == 0, before[:, None], 0)
 
@@ -100,6 +101,7 @@ class ChunkAttention(nn.Module):
             place.starts,
             r.view_as(v),
             dropout=self.dropout if self.training else 0.0,
+            longest=place.longest,
             backend=self.backend,
         )
         return y.flatten(2), open_k, open_v

@@ -22,6 +22,7 @@ from megalodon.model.layers import Embedding, Float32Module, Linear, RMSNorm
 from megalodon.model.state import LayerState, State
 from megalodon.model.timestep_norm import TimestepNorm
 from megalodon_kernels import Backend, qk_rope, swiglu
+from megalodon_kernels.chunk_attention.open_chunk import open_lengths
 
 
 class ModelConfig(Config):
@@ -231,7 +232,7 @@ class Megalodon(nn.Module):
             tokens: (B, L) int64 ids below vocab_size; any L, also 0.
             state:  what an earlier call returned; None means nothing was read yet.
             starts: (B, L) bool: True at the first token of a document: all memory of what came before ends there.
-                    None means that no document begins inside the call.
+                    None means that no document begins inside the call. On the CPU a GPU need not be waited for.
         Returns:
             logits: (B, L, num_outputs) float32 (float64 in a float64 model).
             state:  a new value; the one passed in is untouched. It is part of the graph when gradients are recorded.
@@ -257,7 +258,7 @@ class Megalodon(nn.Module):
         for i, block in enumerate(self.layers):
             x, after = block(x, place, state and state.layers[i])
             layers.append(after)
-        x, norm = self.output.final_norm(x, state and state.norm, starts)
+        x, norm = self.output.final_norm(x, state and state.norm, place.starts)
         return x, State(place.after, tuple(layers), norm)
 
     @property
@@ -295,12 +296,28 @@ class Megalodon(nn.Module):
         return State(empty(dtype=torch.int64), layers, norm)
 
     def _place(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> Place:
-        B, L = tokens.shape
-        before = torch.zeros(B, dtype=torch.int64, device=tokens.device) if state is None else state.position
-        position = document_positions(before, starts, L)
+        """What all layers share. Here alone a GPU is waited for: for a state, and for starts that lie there."""
+        (B, L), C = tokens.shape, self.config.chunk_size
+        read = torch.zeros(B, dtype=torch.int64, device="cpu") if state is None else state.position.cpu()
+        if state is not None:
+            self._check_open_chunk(read % C, state)
+        longest = int(open_lengths(read % C, None if starts is None else starts.cpu(), C, L).max())
+        starts = None if starts is None else starts.to(tokens.device)
+        before = None if state is None else state.position
+        origin = tokens.new_zeros(1) if before is None else before
+        position = document_positions(origin[:1] if bool((read == read[0]).all()) else origin, starts, L)
         after = (position[:, -1] + 1).expand(B)
-        turn = torch.view_as_real(self.rope(position, self.config.chunk_size)[:, :, 0])
-        return Place(before, after, starts, turn)
+        turn = torch.view_as_real(self.rope(position, C)[:, :, 0])
+        return Place(before, after, starts, longest, turn)
+
+    def _check_open_chunk(self, filled: Tensor, state: State) -> None:
+        """Here, once, for the attention of every layer, which then trusts it."""
+        held, most = min(layer.k.shape[1] for layer in state.layers), int(filled.max())
+        if most > held:
+            raise ValueError(
+                f"model: position says {most} tokens are in the open chunk but the state holds {held} keys; "
+                "pass a state that an earlier call returned"
+            )
 
     def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64:

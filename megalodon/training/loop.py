@@ -258,7 +258,7 @@ class Trainer:
         rows = plan.micro_rows * (plan.seq_len // batch.tokens.shape[1])
         for first in range(0, len(batch.tokens), rows):
             tokens, targets, starts = (torch.from_numpy(x[first : first + rows]) for x in batch)
-            begins = starts.to(plan.device) if bool(starts.any()) else None
+            begins = starts if bool(starts.any()) else None  # on the host: the model asks them
             with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
                 hidden, after = model.hidden(tokens.to(plan.device), starts=begins)
                 sums = loss_sums(

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import megalodon_kernels
 from megalodon_kernels import KernelError, Statistics
 from megalodon_kernels.cases import cases
+from megalodon_kernels.chunk_attention.open_chunk import open_lengths
 from megalodon_kernels.dispatch import INTERPRETED
 
 OPS = ("cema", "timestep_norm", "chunk_attention")
@@ -152,6 +153,32 @@ def test_what_lies_behind_a_rows_open_keys_is_ignored(backend: Any) -> None:
         inputs["open_k"][row, own:] = float("nan")
         inputs["open_v"][row, own:] = float("inf")
     assert torch.equal(megalodon_kernels.chunk_attention(**inputs, backend=backend)[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
+@pytest.mark.parametrize("name", ["L37", "L37-state", "L37-starts", "L37-state-starts"])
+def test_attention_may_be_told_how_long_the_open_chunk_becomes(backend: Any, name: str) -> None:
+    inputs = case("chunk_attention", name, torch.float32)
+    expected = megalodon_kernels.chunk_attention(**inputs, backend=backend)
+    filled, starts, C = inputs.get("position", torch.zeros(3, dtype=torch.int64)), inputs.get("starts"), 16
+    lengths = open_lengths(filled % C, starts, C, 37)
+    assert int(lengths.max()) == expected[1].shape[1]
+    for row, length in enumerate(lengths.tolist()):
+        own = expected[1][row].flatten(1).any(1)
+        assert own[:length].all() and not own[length:].any()
+    actual = megalodon_kernels.chunk_attention(**inputs, longest=int(lengths.max()), backend=backend)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
+def test_without_a_position_no_key_is_open(backend: Any) -> None:
+    inputs = case("chunk_attention", "L37-state-starts", torch.float32)
+    del inputs["position"]
+    given = megalodon_kernels.chunk_attention(**inputs, backend=backend)
+    del inputs["open_k"], inputs["open_v"]
+    for a, e in zip(given, megalodon_kernels.chunk_attention(**inputs, backend=backend), strict=True):
+        assert torch.equal(a, e)
 
 
 @pytest.mark.parametrize(

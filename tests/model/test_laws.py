@@ -8,6 +8,7 @@ import torch
 from factories import random_starts, random_tokens, tiny_config, tiny_model
 from tolerances import BF16_LOGITS, GRADIENTS, LOGITS, assert_close, assert_near
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon
@@ -192,6 +193,37 @@ def test_no_tokens() -> None:
     tokens = random_tokens(2, 14)
     assert_near(model(tokens, state)[0], model(tokens)[0], LOGITS[torch.float64])
     assert model(nothing, state)[1] is state
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: a number, or a shape, that depends on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert not any(read in name for read in ("_local_scalar_dense", "nonzero", "unique")), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("with_starts", [False, True])
+def test_no_layer_waits_for_the_device(with_state: bool, with_starts: bool) -> None:
+    """On the kernels, forward and backward; what depends on values is asked once a call, before the first layer."""
+    options = {"norm_num_groups": 3, "num_layers": 1}
+    model = tiny_model(torch.float32, backend="triton", **options)
+    state = tiny_model(torch.float32, **options)(random_tokens(2, 6))[1] if with_state else None
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReads():
+        bool(torch.ones(1))
+    block = model.layers[0]
+
+    def forward(*args):
+        with NoReads():
+            return type(block).forward(block, *args)
+
+    block.forward = forward
+    hidden, after = model.hidden(random_tokens(2, 13), state, random_starts(2, 13) if with_starts else None)
+    assert after.layers[0].k.shape[1] > 0
+    with NoReads():
+        hidden.sum().backward()
 
 
 def test_gradients_flow_through_a_state_unless_detached() -> None:

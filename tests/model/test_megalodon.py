@@ -197,3 +197,16 @@ def test_state_and_starts_that_do_not_fit() -> None:
         model(random_tokens(3, 5), state)
     with pytest.raises(ValueError, match=r"starts are \(2, 4\) torch.bool; expected \(2, 5\)"):
         model(random_tokens(2, 5), None, torch.zeros(2, 4, dtype=torch.bool))
+
+
+def test_a_state_whose_keys_are_not_those_of_its_position() -> None:
+    """Asked once for all layers, so the first is not the only one that counts."""
+    model = tiny_model()
+    _, state = model(random_tokens(2, 4))
+    further = state._replace(position=torch.tensor([4, 17]))
+    with pytest.raises(ValueError, match="position says 7 tokens are in the open chunk but the state holds 4 keys"):
+        model(random_tokens(2, 5), further)
+    first, second = state.layers
+    shorter = second._replace(k=second.k[:, :2], v=second.v[:, :2])
+    with pytest.raises(ValueError, match="position says 4 tokens are in the open chunk but the state holds 2 keys"):
+        model(random_tokens(2, 5), state._replace(layers=(first, shorter)))

@@ -26,6 +26,7 @@ def chunk_attention(
     gate: Tensor | None = None,
     *,
     dropout: float = 0.0,
+    longest: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to the tokens of the same chunk of the same document, up to and including oneself.
@@ -45,6 +46,8 @@ def chunk_attention(
         starts:     (B, L) bool: True at the first token of a document, where the chunks begin anew.
         gate:       (B, L, H, V) in the dtype of v: the output gate before its SiLU; None means no gate, a factor of 1.
         dropout:    probability that a weight is zeroed after the softmax; the others grow by 1 / (1 - dropout).
+        longest:    tokens in the fullest open chunk after the call (`open_chunk.open_lengths`), if the caller knows and
+                    has checked position: a GPU is then asked for no number. None: it is asked where that is needed.
     Returns:
         y:          (B, L, H, V) in the dtype of v.
         open_k:     (B, P', H, Z): keys of the chunk that is open after the last token, zero behind each row's own.
@@ -57,13 +60,13 @@ def chunk_attention(
         open_k, open_v = k[:, :0], v[:, :0]
     # A cache may come from a call in another precision; the dtypes of this call decide.
     open_k, open_v = open_k.to(k.dtype), open_v.to(v.dtype)
-    _check(q, k, v, chunk_size, position, open_k, open_v, starts, gate)
+    _check(q, k, v, chunk_size, position, open_k, open_v, starts, gate, longest)
     if position is None:
-        position = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        open_k, open_v = open_k[:, :0], open_v[:, :0]  # at 0 nothing is open
     unfit = f"dropout is {dropout}, expected 0" if dropout else None
     run = IMPLEMENTATIONS[choose("chunk_attention", backend, q.device, q.dtype, unfit, SHARED_MEMORY)]
     with torch.autocast(q.device.type, enabled=False):
-        return run(q, k, v, chunk_size, position, open_k, open_v, starts, gate, dropout)
+        return run(q, k, v, chunk_size, position, open_k, open_v, starts, gate, dropout, longest)
 
 
 def _portable(
@@ -71,14 +74,17 @@ def _portable(
     k: Tensor,
     v: Tensor,
     chunk_size: int,
-    position: Tensor,
+    position: Tensor | None,
     open_k: Tensor,
     open_v: Tensor,
     starts: Tensor | None,
     gate: Tensor | None,
     dropout: float,
+    longest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, open_k, open_v = chunk_attention_portable(q, k, v, chunk_size, position, open_k, open_v, starts, dropout)
+    y, open_k, open_v = chunk_attention_portable(
+        q, k, v, chunk_size, position, open_k, open_v, starts, dropout, longest
+    )
     return (y if gate is None else swiglu(gate, y, backend="portable")), open_k, open_v
 
 
@@ -103,6 +109,7 @@ def _check(
     open_v: Tensor,
     starts: Tensor | None,
     gate: Tensor | None,
+    longest: int | None,
 ) -> None:
     if q.dim() != 4 or q.shape[1] < 1:
         raise ValueError(f"chunk_attention: q is {tuple(q.shape)}; expected (B, L, H, Z) with L ≥ 1")
@@ -128,7 +135,7 @@ def _check(
             f"chunk_attention: gate is {gate.dtype} but v is {v.dtype}; expected the same dtype; cast one of them"
         )
     # Without a position nothing is open, and with C - 1 slots there is room for any: no need to wait for the device.
-    if position is None or chunk_size <= P + 1:
+    if position is None or longest is not None or chunk_size <= P + 1:
         return
     filled = int((position % chunk_size).max())
     if filled > P:

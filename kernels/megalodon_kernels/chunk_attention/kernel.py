@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megalodon_kernels.chunk_attention.joined import chunks, join
-from megalodon_kernels.chunk_attention.portable import _still_open
+from megalodon_kernels.chunk_attention.open_chunk import still_open
 from megalodon_kernels.dispatch import INTERPRETED
 from megalodon_kernels.kernel_math import accumulator, mdot, sigmoid
 from megalodon_kernels.registration import operator
@@ -71,25 +71,23 @@ def chunk_attention_triton(
     k: Tensor,
     v: Tensor,
     chunk_size: int,
-    position: Tensor,
+    position: Tensor | None,
     open_k: Tensor,
     open_v: Tensor,
     starts: Tensor | None,
     gate: Tensor | None,
     dropout: float,
+    longest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `megalodon_kernels.chunk_attention`; dropout is 0."""
-    L, filled = q.shape[1], position % chunk_size
+    B, L = q.shape[:2]
+    filled = torch.zeros(B, dtype=torch.int64, device=q.device) if position is None else position % chunk_size
     # What lies behind C - 1 slots can belong to no open chunk.
     past_k, past_v = open_k[:, : chunk_size - 1], open_v[:, : chunk_size - 1]
     begin, end = chunks(filled, starts, chunk_size, past_k.shape[1], L)
     keys, values = join(past_k, k, filled), join(past_v, v, filled)
     y: Tensor = _Attention.apply(q, keys, values, gate, begin, end, chunk_size)  # type: ignore[no-untyped-call]
-    if starts is None and not open_k.shape[1]:
-        # All rows end at the same place, which is known without waiting for the device.
-        last = L // chunk_size * chunk_size
-        return y, k[:, last:].clone(), v[:, last:].clone()
-    return y, *_still_open(k, v, chunk_size, position, open_k, open_v, starts)
+    return y, *still_open(k, v, chunk_size, filled, open_k, open_v, starts, longest)
 
 
 class _Attention(torch.autograd.Function):

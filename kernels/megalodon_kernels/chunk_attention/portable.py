@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 
+from megalodon_kernels.chunk_attention.open_chunk import still_open
 from megalodon_kernels.rows import cut
 
 # Queries a block: the block on the diagonal is half wasted, so smaller is less work and more calls.
@@ -22,18 +23,19 @@ def chunk_attention_portable(
     k: Tensor,
     v: Tensor,
     chunk_size: int,
-    position: Tensor,
+    position: Tensor | None,
     open_k: Tensor,
     open_v: Tensor,
-    starts: Tensor | None = None,
-    dropout: float = 0.0,
+    starts: Tensor | None,
+    dropout: float,
+    longest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `megalodon_kernels.chunk_attention`."""
-    L, filled = q.shape[1], position % chunk_size
+    L, filled = q.shape[1], None if position is None else position % chunk_size
     rows = cut(q, chunk_size, starts, filled)
     packed_q, packed_k, packed_v = rows.pack(q), rows.pack(k), rows.pack(v)
     P = open_k.shape[1]
-    if P:
+    if P and filled is not None:
         # Only the first row of each batch row can continue an open chunk; a start on its first token closes that one.
         begins = rows.begins[:, :1]
         past = torch.arange(P, device=q.device) < torch.where(begins, 0, filled[:, None])  # (B, P)
@@ -48,7 +50,7 @@ def chunk_attention_portable(
             y = torch.cat([y, body], dim=1)
     else:
         y = _attend(packed_q, packed_k, packed_v, None, dropout)
-    return rows.unpack(y, L), *_still_open(k, v, chunk_size, position, open_k, open_v, starts)
+    return rows.unpack(y, L), *still_open(k, v, chunk_size, filled, open_k, open_v, starts, longest)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
@@ -137,35 +139,3 @@ def _put_product(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         total.baddbmm_(a, b)
     else:
         torch.bmm(a, b, out=total)
-
-
-def _still_open(
-    k: Tensor,
-    v: Tensor,
-    chunk_size: int,
-    position: Tensor,
-    open_k: Tensor,
-    open_v: Tensor,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of the chunk that is open behind the last token, each row's own first, zeros behind them."""
-    (B, L), P = k.shape[:2], open_k.shape[1]
-    filled = position % chunk_size
-    fresh = torch.zeros(B, dtype=torch.bool, device=k.device)
-    since = torch.full((B,), L, device=k.device)
-    if starts is not None:
-        fresh = starts.any(1)
-        since = torch.where(fresh, starts.flip(1).long().argmax(1) + 1, L)
-    length = (torch.where(fresh, 0, filled) + since) % chunk_size
-    longest = int(length.max())
-    if not longest:
-        # New tensors, not k[:, :0]: a view would keep all keys and values of the call alive.
-        return k.new_empty(B, 0, *k.shape[2:]), v.new_empty(B, 0, *v.shape[2:])
-    # Behind one another lie the row's `filled` old entries and its L new ones; the open chunk is the end of that.
-    slot = torch.arange(longest, device=k.device)
-    source = filled[:, None] + L - length[:, None] + slot  # counted from the row's first old entry
-    source = torch.where(source < filled[:, None], source, source - filled[:, None] + P).clamp(max=P + L - 1)
-    batch = torch.arange(B, device=k.device)[:, None]
-    used = (slot < length[:, None])[..., None, None]
-    both = [torch.cat([old, new], dim=1)[batch, source] for old, new in ((open_k, k), (open_v, v))]
-    return torch.where(used, both[0], 0), torch.where(used, both[1], 0)

@@ -10,17 +10,18 @@ def chunk_attention_reference(
     k: Tensor,
     v: Tensor,
     chunk_size: int,
-    position: Tensor,
+    position: Tensor | None,
     open_k: Tensor,
     open_v: Tensor,
-    starts: Tensor | None = None,
-    gate: Tensor | None = None,
-    dropout: float = 0.0,
+    starts: Tensor | None,
+    gate: Tensor | None,
+    dropout: float,
+    longest: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `megalodon_kernels.chunk_attention`. Computes in float64 and rounds once, at the end."""
     rows, keys, values = [], [], []
     for b in range(len(q)):
-        pos = int(position[b])
+        pos = 0 if position is None else int(position[b])
         chunk_k, chunk_v = list(open_k[b, : pos % chunk_size]), list(open_v[b, : pos % chunk_size])
         y = []
         for t in range(q.shape[1]):
@@ -38,9 +39,9 @@ def chunk_attention_reference(
         is_open = pos % chunk_size != 0
         keys.append(torch.stack(chunk_k) if is_open else k[b, :0])
         values.append(torch.stack(chunk_v) if is_open else v[b, :0])
-    longest = max(len(piece) for piece in keys)
-    open_k = torch.stack([pad(piece, (0, 0, 0, 0, 0, longest - len(piece))) for piece in keys])
-    open_v = torch.stack([pad(piece, (0, 0, 0, 0, 0, longest - len(piece))) for piece in values])
+    width = max(len(piece) for piece in keys)  # what `longest` is, if it was given
+    open_k = torch.stack([pad(piece, (0, 0, 0, 0, 0, width - len(piece))) for piece in keys])
+    open_v = torch.stack([pad(piece, (0, 0, 0, 0, 0, width - len(piece))) for piece in values])
     mixed = torch.stack(rows)
     if gate is not None:
         mixed = torch.nn.functional.silu(gate.double()) * mixed
