@@ -24,7 +24,7 @@ from megalodon.model.megalodon import Block, Megalodon
 from megalodon.model.row_product import Scratch, row_product
 from megalodon.model.state import LayerState, State
 from megalodon.model.timestep_norm import TimestepNorm
-from megalodon_kernels import Statistics
+from megalodon_kernels import Backend, Statistics
 from megalodon_kernels.decode import attention_step, norm_cema_step, norm_step
 
 PACK_LIMIT = 1 << 32
@@ -37,8 +37,11 @@ class Decoder:
     The state is the decoder's own: those passed in and given back are values that no later step touches.
 
     Args:
-        model: runs as in evaluation, without dropout. If its parameters change, the next step uses the new ones.
+        model: runs as in evaluation, without dropout. If its parameters change, the next step uses the new ones. Its
+            backend is that of the ops of a step (megalodon_kernels.decode); between them all is PyTorch.
         state: to continue from; None means one row that has read nothing.
+    Raises:
+        KernelError: the model's backend cannot run these ops here.
     """
 
     def __init__(self, model: Megalodon, state: State | None = None) -> None:
@@ -110,9 +113,9 @@ class Decoder:
         c, B, dtype = self._constants, len(self._position), self.model.output_weight.dtype
         self._tokens, self._slot = torch.zeros_like(self._position), torch.zeros_like(self._position)
         scratch: Scratch = {}
-        pairs = zip(c.blocks, self._layers, strict=True)
-        self._blocks = [_block_step(block, layer, self._slot, dtype, scratch) for block, layer in pairs]
-        self._final_norm = norm_step(*self._norm, c.norm.scale, c.norm.bias, dtype, eps=c.norm.eps)
+        pairs, backend = zip(c.blocks, self._layers, strict=True), self.model.backend
+        self._blocks = [_block_step(block, layer, self._slot, dtype, scratch, backend) for block, layer in pairs]
+        self._final_norm = norm_step(*self._norm, c.norm.scale, c.norm.bias, dtype, eps=c.norm.eps, backend=backend)
         self._output = c.output.prepare(B, scratch)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
@@ -254,12 +257,15 @@ class _BlockConstants:
 BlockStep = Callable[[Tensor, Tensor, int | None], Tensor]
 
 
-def _block_step(c: _BlockConstants, state: _Layer, slot: Tensor, dtype: torch.dtype, scratch: Scratch) -> BlockStep:
+def _block_step(
+    c: _BlockConstants, state: _Layer, slot: Tensor, dtype: torch.dtype, scratch: Scratch, backend: Backend
+) -> BlockStep:
     """x (B, D), the rotation of this place (B, 1, 1, Z/H/2), the most keys any row sees -> (B, D)."""
     (B, H, _, dz), wide, eps = state.k.shape, c.z_scale.dtype, c.norm.eps
     cema = c.p, c.q, c.gamma, c.omega
-    norm_cema = norm_cema_step(*state.norm, state.h, c.norm.scale, c.norm.bias, *cema, dtype, eps=eps)
-    attend, feed_forward = attention_step(state.k, state.v, slot), _feed_forward_step(c, B, dtype, scratch)
+    norm_cema = norm_cema_step(*state.norm, state.h, c.norm.scale, c.norm.bias, *cema, dtype, eps=eps, backend=backend)
+    attend = attention_step(state.k, state.v, slot, backend=backend)
+    feed_forward = _feed_forward_step(c, B, dtype, scratch)
     from_m, value, hidden_2 = (product.prepare(B, scratch) for product in (c.from_m, c.value, c.hidden_2))
     qk = c.z_scale.new_empty(B, 2, H, dz)
     pairs, (queries, keys) = torch.view_as_complex(qk.view(B, 2, H, -1, 2)), qk.unbind(1)

@@ -210,12 +210,13 @@ class Megalodon(nn.Module):
     Args:
         config: sizes and options.
         seed: of the initial weights; each depends on the seed and its own name alone.
-        backend: which implementation of the ops runs.
+        backend: which implementation of the ops runs, here, in decoding and in the loss of training.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0, backend: Backend = "auto") -> None:
         super().__init__()
         self.config = config
+        self.backend: Backend = backend
         self.embed = Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.num_layers))
         self.output = Output(config, backend)

@@ -12,6 +12,8 @@ from megalodon.model.decoder import Decoder
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.row_product import RowProduct, row_product
 from megalodon.model.state import State
+from megalodon_kernels import KernelError, dispatch
+from megalodon_kernels import decode as decode_ops
 
 DTYPES = [torch.float64, torch.float32]
 OPTIONS = [
@@ -176,6 +178,31 @@ def test_dropout_is_off() -> None:
     with torch.no_grad():
         assert_near(logits, model.eval()(tokens)[0], LOGITS[torch.float32])
     assert torch.equal(logits, decode(Decoder(model), tokens))
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
+def test_a_named_backend_is_the_one_that_steps(backend, monkeypatch) -> None:
+    """Every op of a step, and no other implementation of any; the same logits."""
+    ran = set()
+    for op in ("NORM", "NORM_CEMA", "ATTENTION"):
+        for name, prepare in getattr(decode_ops, op).items():
+
+            def watched(*args, op=op, name=name, prepare=prepare):
+                ran.add((op, name))
+                return prepare(*args)
+
+            monkeypatch.setitem(getattr(decode_ops, op), name, watched)
+    tokens = random_tokens(1, 12)
+    logits = decode(Decoder(tiny_model(torch.float32, backend=backend)), tokens)
+    assert ran == {(op, backend) for op in ("NORM", "NORM_CEMA", "ATTENTION")}
+    with torch.no_grad():
+        assert_near(logits, tiny_model(torch.float32)(tokens)[0], LOGITS[torch.float32])
+
+
+def test_a_backend_that_cannot_step_here_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    with pytest.raises(KernelError, match="norm_cema_step: backend triton cannot run: the device is cpu"):
+        Decoder(tiny_model(torch.float32, backend="triton"))
 
 
 @pytest.mark.parametrize("pack", [False, True])
