@@ -268,6 +268,7 @@ class Trainer:
                     plan.config.loss_chunk,
                     num_classes=self.run.num_classes,
                     z_loss=plan.optim.z_loss,
+                    backend=model.backend,
                 )
             (sums.objective / total).backward()
             loss, squares = loss + sums.loss, squares + sums.squares

@@ -139,7 +139,8 @@ def _loss(model: Megalodon, plan: Plan, rows: int) -> Tensor:
     tokens = torch.zeros(rows, plan.seq_len, dtype=torch.int64, device=plan.device)
     with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
         hidden, _ = model.hidden(tokens)
-        return loss_sums(hidden, model.output_weight, tokens, plan.config.loss_chunk).objective
+        sums = loss_sums(hidden, model.output_weight, tokens, plan.config.loss_chunk, backend=model.backend)
+        return sums.objective
 
 
 def _fits(model: Megalodon, plan: Plan, rows: int) -> bool:

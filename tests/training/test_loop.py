@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from stores import (
     tiny_store,
 )
 
+import megalodon_kernels
 from megalodon.checkpoint import saver
 from megalodon.checkpoint.store import steps_in
 from megalodon.config import InvalidRecipe
@@ -35,9 +37,11 @@ from megalodon.data.shards import Store
 from megalodon.errors import CheckpointError, DataError, EnvironmentFault, NumericalError, OutOfMemory, RecipeError
 from megalodon.model.megalodon import Megalodon
 from megalodon.training.loop import Result, Row, Run, Task, Trainer
+from megalodon.training.memory import fitted
 from megalodon.training.optim import OptimConfig, build_optimizer, optimizer_tensors
 from megalodon.training.plan import MICRO_TOKENS, ParallelConfig, TrainConfig
 from megalodon.training.rollback import Rollback
+from megalodon_kernels.cases import STATEFUL, TOKENWISE
 
 
 @pytest.fixture(scope="module")
@@ -499,6 +503,23 @@ def test_the_reference_backend_trains_to_the_same_weights(store: Store, tmp_path
     ]
     for (name, a), b in zip(runs[0].model.named_parameters(), runs[1].model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4), name
+
+
+def test_a_step_runs_on_the_backend_it_names_alone(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss included, also when the memory of a pass is measured."""
+
+    def other(*_: object) -> None:
+        pytest.fail("an op ran on another backend")
+
+    for op in STATEFUL | TOKENWISE:
+        module = sys.modules[getattr(megalodon_kernels, op).__module__]
+        for name in ("portable", "triton"):
+            monkeypatch.setitem(module.IMPLEMENTATIONS, name, other)
+    plan = tiny_plan(train={"backend": "reference", "max_steps": 1})
+    tiny_run(store, tmp_path, fitted(tiny_config(), plan, None))
+    assert len([row for row in metrics(tmp_path) if row["kind"] == "train"]) == 1
 
 
 def test_deterministic_mode_trains_and_is_left_as_it_was(store: Store, tmp_path: Path) -> None:
