@@ -230,7 +230,7 @@ class Megalodon(nn.Module):
         """Logits of the next token at every position, and the state after the last one.
 
         Args:
-            tokens: (B, L) int64 ids below vocab_size; any L, also 0.
+            tokens: (B, L) int64 ids below vocab_size; B ≥ 1, any L, also 0.
             state:  what an earlier call returned; None means nothing was read yet.
             starts: (B, L) bool: True at the first token of a document: all memory of what came before ends there.
                     None means that no document begins inside the call. On the CPU a GPU need not be waited for.
@@ -321,8 +321,10 @@ class Megalodon(nn.Module):
             )
 
     def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> None:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"model: tokens are {tuple(tokens.shape)} {tokens.dtype}; expected (B, L) torch.int64")
+        if tokens.dim() != 2 or not len(tokens) or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"model: tokens are {tuple(tokens.shape)} {tokens.dtype}; expected (B, L) torch.int64 with B ≥ 1"
+            )
         if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"model: the state has {len(state.position)} rows but tokens have {len(tokens)}")
         if state is not None and len(state.layers) != len(self.layers):

@@ -163,6 +163,21 @@ def test_sizes_that_disagree_are_named() -> None:
         attention_step(**(attention_inputs(torch.float32)[0] | {"slot": torch.zeros(2, dtype=torch.int64)}))
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_no_rows_are_refused(backend) -> None:
+    of_row = ("count", "mean", "var", "h", "k_cache", "v_cache", "slot")
+
+    def none(inputs: Inputs) -> Inputs:
+        return {name: x[:0] if name in of_row else x for name, x in inputs.items()}
+
+    with pytest.raises(ValueError, match=r"norm_step: mean is \(0, 3\); expected \(B, G\) with B ≥ 1"):
+        norm_step(**none(norm_state(torch.float64)), dtype=torch.float32, backend=backend)
+    with pytest.raises(ValueError, match=r"norm_cema_step: mean is \(0, 3\); expected \(B, G\) with B ≥ 1"):
+        norm_cema_step(**none(cema_state(torch.float64)), dtype=torch.float32, backend=backend)
+    with pytest.raises(ValueError, match=r"attention_step: k_cache is \(0, 2, 7, 4\); expected .* with B ≥ 1"):
+        attention_step(**none(attention_inputs(torch.float32)[0]), backend=backend)
+
+
 def test_a_state_that_does_not_lie_whole_is_refused() -> None:
     """Written through a copy, it would stay what it was."""
     caches = attention_inputs(torch.float32)[0]

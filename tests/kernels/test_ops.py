@@ -1,5 +1,6 @@
 """What holds for every op: portable = reference in every output and gradient, gradcheck, documents kept apart."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -349,12 +350,37 @@ def test_a_backend_asked_for_by_name_runs_or_raises(op: str) -> None:
         getattr(megalodon_kernels, op)(**case(op, "L1", torch.float32), backend="cuda")
 
 
+def without_rows(op: str) -> dict[str, Any]:
+    """The inputs of an op with B = 0; of `linear_cross_entropy` with no token, which is what is left of them there."""
+    batched = {*SEQUENCES, "hidden", "targets", "h0", "state", "position", "open_k", "open_v"}
+
+    def none(x: Any) -> Any:
+        return Statistics(*(field[:0] for field in x)) if isinstance(x, Statistics) else x[:0]
+
+    inputs = case(op, "L37-state-starts" if op in OPS else "L37", torch.float32)
+    return {name: none(x) if name in batched else x for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
+@pytest.mark.parametrize("op", FAST)
+def test_no_rows_are_refused_by_ops_with_a_state_and_are_no_rows_to_the_others(op: str, backend: Any) -> None:
+    inputs = without_rows(op)
+    if op in OPS:
+        shape = re.escape(str(tuple(inputs["q" if op == "chunk_attention" else "x"].shape)))
+        with pytest.raises(ValueError, match=rf"^{op}: . is {shape}; expected \(B, L, .*\) with B ≥ 1 and L ≥ 1$"):
+            getattr(megalodon_kernels, op)(**inputs, backend=backend)
+        return
+    outputs, gradients = run(op, inputs, backend)
+    assert [y.shape for y in outputs] == [y.shape for y in run(op, inputs, "reference")[0]]
+    assert all(not y.numel() or not y.any() for y in [*outputs, *gradients])
+
+
 @pytest.mark.parametrize(
     ("op", "change", "message"),
     [
         ("cema", {"p": (4, 3)}, r"cema: p is \(4, 3\) but x is \(2, 37, 5\) with N = 3; expected \(5, 3\)"),
         ("cema", {"h0": (2, 3, 5, 2)}, r"cema: h0 is \(2, 3, 5, 2\)"),
-        ("cema", {"x": (2, 0, 5)}, r"cema: x is \(2, 0, 5\); expected \(B, L, D\) with L ≥ 1"),
+        ("cema", {"x": (2, 0, 5)}, r"cema: x is \(2, 0, 5\); expected \(B, L, D\) with B ≥ 1 and L ≥ 1"),
         ("timestep_norm", {"weight": (23,)}, r"timestep_norm: weight is \(23,\) but x is \(2, 37, 24\)"),
         ("qk_rope", {"gamma": (2, 29)}, r"qk_rope: gamma is \(2, 29\) but z is \(4, 37, 12\); expected \(2, 12\)"),
         ("qk_rope", {"turn": (4, 36, 3, 2)}, r"qk_rope: turn is \(4, 36, 3, 2\) but z is \(4, 37, 12\)"),

@@ -146,6 +146,8 @@ def test_dropout_acts_in_training_only() -> None:
     [
         (torch.zeros(3, dtype=torch.int64), r"tokens are \(3,\) torch.int64; expected \(B, L\) torch.int64"),
         (torch.zeros(1, 3), r"tokens are \(1, 3\) torch.float32"),
+        (torch.zeros(0, 3, dtype=torch.int64), r"tokens are \(0, 3\) torch.int64; expected .* with B ≥ 1"),
+        (torch.zeros(0, 0, dtype=torch.int64), r"tokens are \(0, 0\) torch.int64; expected .* with B ≥ 1"),
         (torch.tensor([[0, 53]]), r"token id 53 is outside the vocabulary 0 … 52"),
         (torch.tensor([[0, -1]]), r"token id -1 is outside"),
     ],

@@ -35,7 +35,7 @@ def cema(
     Megalodon, arXiv 2404.08801, eqs. 2 and 3, in the form of the released code: the input weight p is real.
 
     Args:
-        x:         (B, L, D) float32 or bfloat16 (or float64, then throughout), L ≥ 1.
+        x:         (B, L, D) float32 or bfloat16 (or float64, then throughout), B and L ≥ 1.
         p:         (D, N) float32 in (0, 1): weight of the input.
         log_decay: (D, N) float64 ≤ 0: nats a token. Not q itself, whose powers would compound a rounding.
         angle:     (D, N) float64: radians a token.
@@ -71,8 +71,8 @@ def _check(
     h0: Tensor | None,
     starts: Tensor | None,
 ) -> None:
-    if x.dim() != 3 or x.shape[1] < 1:
-        raise ValueError(f"cema: x is {tuple(x.shape)}; expected (B, L, D) with L ≥ 1")
+    if x.dim() != 3 or not x.shape[0] or not x.shape[1]:
+        raise ValueError(f"cema: x is {tuple(x.shape)}; expected (B, L, D) with B ≥ 1 and L ≥ 1")
     (B, L, D), N = x.shape, p.shape[-1]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "p": (p, (D, N)),

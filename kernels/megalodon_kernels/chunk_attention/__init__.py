@@ -36,7 +36,7 @@ def chunk_attention(
     No further scale on the scores: it is in q and k. Megalodon, arXiv 2404.08801, section 3.3.
 
     Args:
-        q, k:       (B, L, H, Z) float32, bfloat16 or float64: rotated queries and keys, L ≥ 1.
+        q, k:       (B, L, H, Z) float32, bfloat16 or float64: rotated queries and keys, B and L ≥ 1.
         v:          (B, L, H, V), the dtype in which the weighted sum is formed.
         chunk_size: C, in tokens.
         position:   (B,) int64: tokens of the current document before this call; None means 0.
@@ -111,8 +111,8 @@ def _check(
     gate: Tensor | None,
     longest: int | None,
 ) -> None:
-    if q.dim() != 4 or q.shape[1] < 1:
-        raise ValueError(f"chunk_attention: q is {tuple(q.shape)}; expected (B, L, H, Z) with L ≥ 1")
+    if q.dim() != 4 or not q.shape[0] or not q.shape[1]:
+        raise ValueError(f"chunk_attention: q is {tuple(q.shape)}; expected (B, L, H, Z) with B ≥ 1 and L ≥ 1")
     if chunk_size < 1:
         raise ValueError(f"chunk_attention: chunk_size is {chunk_size}; expected at least 1 token")
     (B, L, H, Z), V, P = q.shape, v.shape[-1], open_k.shape[1]

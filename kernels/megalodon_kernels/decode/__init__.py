@@ -46,7 +46,7 @@ def norm_step(
     m and s are the mean and the variance of a group's features. Megalodon, arXiv 2404.08801, section 3.2.
 
     Args:
-        count: (B,) int64: tokens so far.
+        count: (B,) int64: tokens so far; B ≥ 1.
         mean:  (B, G) float64, or float32 where a device has no better; contiguous, like var.
         var:   (B, G) likewise. Where count is 0 both must be finite, and carry no weight.
         scale: (D,) float32, or float64 as mean: one plus the stored weight.
@@ -130,6 +130,8 @@ def attention_step(k_cache: Tensor, v_cache: Tensor, slot: Tensor, *, backend: B
         ValueError: two sizes disagree; the message shows both.
         KernelError: `backend` cannot run this.
     """
+    if k_cache.dim() != 4 or not len(k_cache):
+        raise ValueError(f"attention_step: k_cache is {tuple(k_cache.shape)}; expected (B, H, C, Z) with B ≥ 1")
     B, H, C, _ = k_cache.shape
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "v_cache": (v_cache, (B, H, C, v_cache.shape[-1])),
@@ -165,6 +167,8 @@ ATTENTION = {"reference": attention_step_reference, "portable": attention_step_p
 
 
 def _check_norm(op: str, count: Tensor, mean: Tensor, var: Tensor, scale: Tensor, bias: Tensor) -> None:
+    if mean.dim() != 2 or not len(mean):
+        raise ValueError(f"{op}: mean is {tuple(mean.shape)}; expected (B, G) with B ≥ 1")
     (B, G), D = mean.shape, len(scale)
     if D % G:
         raise ValueError(f"{op}: mean has {G} groups; expected a divisor of D = {D}")

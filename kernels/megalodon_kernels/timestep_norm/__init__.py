@@ -37,7 +37,7 @@ def timestep_norm(
     Megalodon, arXiv 2404.08801, section 3.2; eps inside the root and weight stored minus one as in the released code.
 
     Args:
-        x:          (B, L, D) float32 or bfloat16 (or float64), L ≥ 1.
+        x:          (B, L, D) float32 or bfloat16 (or float64), B and L ≥ 1.
         weight:     (D,) float32: the scale minus one.
         bias:       (D,) float32.
         num_groups: G; D is a multiple of it.
@@ -81,8 +81,8 @@ def _check(
     padding: Tensor | None,
     prior: Statistics | None,
 ) -> None:
-    if x.dim() != 3 or x.shape[1] < 1:
-        raise ValueError(f"timestep_norm: x is {tuple(x.shape)}; expected (B, L, D) with L ≥ 1")
+    if x.dim() != 3 or not x.shape[0] or not x.shape[1]:
+        raise ValueError(f"timestep_norm: x is {tuple(x.shape)}; expected (B, L, D) with B ≥ 1 and L ≥ 1")
     B, L, D = x.shape
     if num_groups < 1 or D % num_groups:
         raise ValueError(f"timestep_norm: num_groups is {num_groups}; expected a divisor of D = {D}")
