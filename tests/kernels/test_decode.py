@@ -195,6 +195,41 @@ def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
         attention_step(**attention_inputs(torch.float32)[0], backend="cuda")
 
 
+def large_norm(D: int) -> Callable[[str], Any]:
+    row, features = torch.ones(1, 1, dtype=torch.float64), torch.zeros(D)
+    count = torch.zeros(1, dtype=torch.int64)
+    return lambda backend: norm_step(count, row, row, features, features, torch.float32, backend=backend)
+
+
+def large_cema(D: int, N: int) -> Callable[[str], Any]:
+    row, features, count = torch.ones(1, 1), torch.zeros(D), torch.zeros(1, dtype=torch.int64)
+    p, pairs = torch.zeros(D, N), torch.zeros(D, N, 2)
+    state, coefficients = (count, row, row, pairs[None]), (features, features, p, pairs, pairs, features)
+    return lambda backend: norm_cema_step(*state, *coefficients, torch.float32, backend=backend)
+
+
+def large_attention(C: int, Z: int) -> Callable[[str], Any]:
+    slot = torch.zeros(1, dtype=torch.int64)
+    return lambda backend: attention_step(torch.zeros(1, 1, C, Z), torch.zeros(1, 1, C, 2), slot, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "largest", "beyond", "message"),
+    [
+        (large_norm, (16_384,), (16_385,), "norm_step: .*: D/G is 16385, expected at most 16384"),
+        (large_cema, (512, 16), (513, 16), "norm_cema_step: .*: D/G is 513 and N 16, 16384 states a group, expected"),
+        (large_cema, (512, 16), (512, 17), "norm_cema_step: .*: D/G is 512 and N 17, 16384 states a group, expected"),
+        (large_attention, (32_768, 1), (32_769, 1), "attention_step: .*: C is 32769, expected at most 32768"),
+        (large_attention, (3, 1024), (3, 1025), "attention_step: .*: Z is 1025, expected at most 1024"),
+    ],
+)
+def test_what_does_not_fit_one_program_is_refused_by_name(prepare, largest, beyond, message) -> None:
+    prepare(*largest)("triton")
+    with pytest.raises(KernelError, match=message):
+        prepare(*beyond)("triton")
+    prepare(*beyond)("auto")
+
+
 def test_kernels_write_what_their_schema_says_and_nothing_else() -> None:
     from megalodon_kernels.decode.kernel import attend, move_norm
 

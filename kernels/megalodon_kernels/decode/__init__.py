@@ -26,6 +26,17 @@ NormCemaStep = Callable[[Tensor], tuple[Tensor, Tensor]]
 AttentionStep = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 """q, k (B, H, Z), v (B, H, V), longest -> (B, H, V)."""
 
+# What a program of the kernels holds at once. Compiled for sm_90, twice as much takes 1,575, 477, 2,309 and 680
+# instructions that spill registers, in this order; these sizes take 0, 0, 26 and 54.
+MOST_FEATURES = 16_384
+"""Features of a group, D/G, in the norm alone."""
+MOST_STATES = 8_192
+"""Features of a group times states of a feature, D/G · N, each rounded up to a power of two."""
+MOST_KEYS = 32_768
+"""Scores of a chunk, C."""
+MOST_KEY_FEATURES = 1024
+"""Features of a key, Z."""
+
 
 def norm_step(
     count: Tensor,
@@ -57,7 +68,9 @@ def norm_step(
         KernelError: `backend` cannot run this.
     """
     _check_norm("norm_step", count, mean, var, scale, bias)
-    run = NORM[choose("norm_step", backend, mean.device, dtype)]
+    width = len(scale) // mean.shape[1]
+    unfit = None if width <= MOST_FEATURES else f"D/G is {width}, expected at most {MOST_FEATURES}"
+    run = NORM[choose("norm_step", backend, mean.device, dtype, unfit)]
     return run(count, mean, var, scale, bias, eps, dtype)
 
 
@@ -105,7 +118,11 @@ def norm_cema_step(
     }
     check_shapes("norm_cema_step", f"p is {tuple(p.shape)} with {B} rows", expected)
     _check_contiguous("norm_cema_step", h=h)
-    run = NORM_CEMA[choose("norm_cema_step", backend, h.device, dtype)]
+    width = D // mean.shape[1]
+    states = _power_of_two(width) * _power_of_two(N)
+    fits = states <= MOST_STATES
+    unfit = None if fits else f"D/G is {width} and N {N}, {states} states a group, expected at most {MOST_STATES}"
+    run = NORM_CEMA[choose("norm_cema_step", backend, h.device, dtype, unfit)]
     return run(count, mean, var, h, scale, bias, p, q, gamma, omega, eps, dtype)
 
 
@@ -132,14 +149,17 @@ def attention_step(k_cache: Tensor, v_cache: Tensor, slot: Tensor, *, backend: B
     """
     if k_cache.dim() != 4 or not len(k_cache):
         raise ValueError(f"attention_step: k_cache is {tuple(k_cache.shape)}; expected (B, H, C, Z) with B ≥ 1")
-    B, H, C, _ = k_cache.shape
+    B, H, C, Z = k_cache.shape
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "v_cache": (v_cache, (B, H, C, v_cache.shape[-1])),
         "slot": (slot, (B,)),
     }
     check_shapes("attention_step", f"k_cache is {tuple(k_cache.shape)}", expected)
     _check_contiguous("attention_step", k_cache=k_cache, v_cache=v_cache, slot=slot)
-    run = ATTENTION[choose("attention_step", backend, slot.device, k_cache.dtype)]
+    unfit = f"C is {C}, expected at most {MOST_KEYS}" if C > MOST_KEYS else None
+    if Z > MOST_KEY_FEATURES:
+        unfit = f"Z is {Z}, expected at most {MOST_KEY_FEATURES}"
+    run = ATTENTION[choose("attention_step", backend, slot.device, k_cache.dtype, unfit)]
     return run(k_cache, v_cache, slot)
 
 
@@ -179,6 +199,11 @@ def _check_norm(op: str, count: Tensor, mean: Tensor, var: Tensor, scale: Tensor
     }
     check_shapes(op, f"mean is {tuple(mean.shape)} and scale {tuple(scale.shape)}", expected)
     _check_contiguous(op, count=count, mean=mean, var=var)
+
+
+def _power_of_two(size: int) -> int:
+    """The least one that is not below `size`, at least 1."""
+    return 1 << (size - 1).bit_length()
 
 
 def _check_contiguous(op: str, **states: Tensor) -> None:
