@@ -69,8 +69,10 @@ class _Cema(torch.autograd.Function):
         y, h = torch.empty_like(packed), torch.empty_like(states[0])
         for c in _blocks(D, CHANNELS):
             tables = Tables.of(p[c], log_decay[c], angle[c], gamma[c], omega[c], T, wide)
-            decay = power(log_decay[c], angle[c], T, carry)
-            _forward(packed[c], tables, decay, states[:, c], y[c], rows)
+            _forward(packed[c], tables, tables.decay[:, None].to(states.dtype), states[:, c], y[c], rows)
+            if end.whole:
+                h[c] = states[-1, c]
+                continue
             gain = as_complex(torch.bmm(end.tokens(x[..., c], wide), tables.enter))
             h[c] = power(log_decay[c], angle[c], end.length, carry) * end.of_states(states[:, c]) + gain
         ctx.save_for_backward(x, p, log_decay, angle, gamma, omega, states)
@@ -102,7 +104,7 @@ class _Cema(torch.autograd.Function):
                     for b, steps in enumerate(end.length.tolist()):
                         h = end.of_states(states[:, c])[None, :, b]
                         sums.add_carry(h, decay[:, b], steps, G[None, :, b])
-            decay = power(log_decay[c], angle[c], rows.width, carry)
+            decay = tables.decay[:, None].to(states.dtype)
             d_h0[c] = _backward(packed[c], d_packed[c], tables, decay, states[:, c], arriving, dx[c], rows, sums)
             gradients.append(sums.gradients(p[c], log_decay[c], angle[c], gamma[c]) if sums else (None,) * 5)
         d_x = _unpack(dx, rows, x.shape[1])
@@ -190,6 +192,7 @@ class _End:
     Shapes:
         row, length: (B,) int64: which row it is, tokens in it.
         absent: (B, T) bool: where no token is once they are moved to the right end of the row.
+        whole: every batch row ends with its last row, and that is full.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -197,6 +200,7 @@ class _End:
         length = rows.length.gather(1, self.row[:, None])
         self.length = length[:, 0]
         self.absent = torch.arange(rows.width, device=length.device) < rows.width - length
+        self.whole = bool((rows.length[:, -1] == rows.width).all())
 
     def of_states(self, states: Tensor) -> Tensor:
         """The states before these rows: (R + 1, D, B, N) -> (D, B, N)."""

@@ -10,7 +10,6 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 _STEP = 8
 
@@ -22,25 +21,60 @@ class Tables(NamedTuple):
         enter:  (D, T, 2N), pairs of p q^(T-1-t): what token t adds to the state behind the row.
         leave:  (D, T, 2N), pairs of conj(gamma q^(t+1)): what token t reads of the state before the row.
         kernel: (D, T, T): K transposed, [j, i] = k[i - j] for i ≥ j, else 0.
+        decay:  (D, N) complex128: q^T.
     """
 
     enter: Tensor
     leave: Tensor
     kernel: Tensor
+    decay: Tensor
 
     @classmethod
     def of(
         cls, p: Tensor, log_decay: Tensor, angle: Tensor, gamma: Tensor, omega: Tensor, T: int, dtype: torch.dtype
     ) -> Self:
         """Form them in `dtype`, float32 or float64."""
-        low, high = _ranges(log_decay, angle, T, dtype)
-        q, p, gamma = low[:, 1:2], p.to(dtype)[:, None], torch.view_as_complex(gamma.to(dtype))[:, None]
-        enter = as_pairs(_outer(high.flip(1) * p, low.flip(1))[:, -T:])
-        leave = as_pairs(_outer((high * (gamma * q)).conj().resolve_conj(), low.conj().resolve_conj())[:, :T])
-        k = pad(torch.bmm(leave[:, : T - 1], as_pairs(torch.complex(p, torch.zeros_like(p))).mT)[..., 0], (1, 0))
-        k[:, 0] = (p * gamma.real).sum((1, 2)) + omega.to(dtype)
+        powers, p = Powers(log_decay, angle, T), p.to(dtype)
+        gamma = torch.view_as_complex(gamma.to(dtype))
+        enter = as_pairs(powers.backward(dtype, p))
+        leave = as_pairs(powers.forward(dtype, gamma * powers.q.to(gamma.dtype), conj=True))
+        # k[t + 1] = Re Σ_n p conj(leave[t])
+        later = torch.bmm(as_pairs(torch.complex(p, torch.zeros_like(p)))[:, None], leave[:, : T - 1].mT)[:, 0]
+        now = (p * gamma.real).sum(1) + omega.to(dtype)
         # w[a + b], with w = (T-1 zeros, k), is row T-1-a of the table.
-        return cls(enter, leave, pad(k, (T - 1, 0)).unfold(-1, T, 1).flip(1))
+        w = torch.cat([later.new_zeros(len(p), T - 1), now[:, None], later], dim=1)
+        return cls(enter, leave, w.unfold(-1, T, 1).flip(1), powers.decay)
+
+
+class Powers:
+    """q^0 to q^(T-1), as the outer product of two short ranges, which are formed in complex128 by products."""
+
+    def __init__(self, log_decay: Tensor, angle: Tensor, T: int) -> None:
+        size, turn = log_decay.double().exp(), angle.double()
+        # torch.polar is about four times slower.
+        self.q = torch.complex(size * turn.cos(), size * turn.sin())
+        self._length = T
+        self._low = _geometric(torch.ones_like(self.q), self.q, _STEP)
+        step = self._low[-1] * self.q
+        self._high = _geometric(self._low[0], step, -(-T // _STEP))
+        past = len(self._high) * _STEP - T  # powers too many
+        self.decay = self._high[-1] * (step if not past else self._low[_STEP - past])
+
+    def forward(self, dtype: torch.dtype, factor: Tensor | None = None, *, conj: bool = False) -> Tensor:
+        """q^t, times `factor` (D, N), conjugated if `conj`: (D, T, N) in the complex of `dtype`."""
+        return self._outer(self._high, self._low, dtype, factor, conj)[:, : self._length]
+
+    def backward(self, dtype: torch.dtype, factor: Tensor | None = None, *, conj: bool = False) -> Tensor:
+        """The same from the end: q^(T-1-t)."""
+        return self._outer(self._high[::-1], self._low[::-1], dtype, factor, conj)[:, -self._length :]
+
+    @staticmethod
+    def _outer(high: list[Tensor], low: list[Tensor], dtype: torch.dtype, factor: Tensor | None, conj: bool) -> Tensor:
+        a, b = (torch.stack(x, dim=1).to(dtype.to_complex()) for x in (high, low))
+        a = a if factor is None else a * factor[:, None]
+        if conj:
+            a, b = a.conj_physical(), b.conj_physical()
+        return (a[:, :, None] * b[:, None]).flatten(1, 2)
 
 
 class Sums:
@@ -88,22 +122,22 @@ class Sums:
         """Those of p, log_decay, angle, gamma, omega, in their shapes."""
         products, E, F = (self._sums[name] for name in ("kernel", "leave", "enter"))
         (D, T, _), dtype = products.shape, products.dtype
-        low, high = (x.conj().resolve_conj() for x in _ranges(log_decay, angle, T, dtype))
-        powers, q = _outer(high, low)[:, :T], low[:, 1].conj()  # the powers are those of conj(q)
-        p, gamma = p.to(dtype), torch.view_as_complex(gamma.to(dtype))
-        # With T zeros behind each line, read with lines one longer, a diagonal is a column.
-        dk = pad(products, (0, T)).as_strided((D, T, T), (2 * T * T, 2 * T + 1, 1)).sum(1)
+        powers, p, gamma = Powers(log_decay, angle, T), p.to(dtype), torch.view_as_complex(gamma.to(dtype))
+        q, table = powers.q.to(gamma.dtype), powers.forward(dtype)
+        # Read with lines one longer, a diagonal is a column; behind its end it has met the triangle that is now 0.
+        lines = products.triu_().as_strided((D, T - 1, T), (T * T, T + 1, 1))
+        dk = lines.sum(1)
+        dk[:, 0] += products[:, -1, -1]
         t = torch.arange(T, dtype=dtype, device=dk.device)
         weights = torch.stack([torch.ones_like(t), t])  # Σ_t and Σ_t t of what follows
-        both = as_complex(torch.stack([F.flip(1), E], dim=1))  # (D, 2, T, N)
-        both[:, 1].conj_physical_()
-        into, out_of = as_complex(torch.matmul(weights, as_pairs(both.mul_(powers[:, None])))).unbind(1)
-        inside = as_complex(torch.bmm(weights * dk[:, None], as_pairs(powers)))  # (D, 2, N)
+        into = _weighted(weights.flip(1), as_complex(F).mul_(powers.backward(dtype, conj=True)))
+        out_of = _weighted(weights, as_complex(E).mul_(table)).conj()
+        inside = as_complex(torch.bmm(weights * dk[:, None], as_pairs(table))).conj()  # (D, 2, N)
         d_p = (into[:, 0] + gamma.conj() * inside[:, 0]).real
         d_gamma = q.conj() * out_of[:, 0] + p * inside[:, 0]
         d_log_q = p * into[:, 1] + gamma.conj() * (q.conj() * (out_of[:, 0] + out_of[:, 1]) + p * inside[:, 1])
         d_log_q = d_log_q + self._carried
-        return d_p, d_log_q.real, d_log_q.imag, torch.view_as_real(d_gamma), dk[:, 0]
+        return d_p, d_log_q.real, d_log_q.imag, torch.view_as_real(d_gamma.resolve_conj()), dk[:, 0]
 
 
 def power(log_decay: Tensor, angle: Tensor, t: Tensor | int, dtype: torch.dtype) -> Tensor:
@@ -124,15 +158,16 @@ def as_complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
 
 
-def _ranges(log_decay: Tensor, angle: Tensor, T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """q^0 to q^7, and q^0, q^8, q^16 ... : whose outer product has the first T powers, and up to 7 more."""
-    steps = torch.arange(-(-T // _STEP), device=angle.device) * _STEP
-    powers = power(log_decay, angle, torch.cat([torch.arange(_STEP, device=angle.device), steps]), dtype)
-    return powers[:, :_STEP], powers[:, _STEP:]
+def _geometric(first: Tensor, ratio: Tensor, count: int) -> list[Tensor]:
+    terms = [first]
+    for _ in range(count - 1):
+        terms.append(terms[-1] * ratio)
+    return terms
 
 
-def _outer(high: Tensor, low: Tensor) -> Tensor:
-    return (high[:, :, None] * low[:, None]).flatten(1, 2)
+def _weighted(weights: Tensor, z: Tensor) -> Tensor:
+    """Sums over t with weights (2, T): (D, T, N) complex -> (D, 2, N)."""
+    return as_complex(torch.matmul(weights, as_pairs(z)))
 
 
 def _total(z: Tensor) -> Tensor:
