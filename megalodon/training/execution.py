@@ -20,6 +20,7 @@ from megalodon.errors import EnvironmentFault
 from megalodon.model.megalodon import Block, Megalodon
 
 Recompute = Literal["none", "attention", "block"]
+Compile = Literal["auto", "block"] | bool
 LIMIT = 64
 """Shapes a compiled part is compiled for, one more is an error; windows that grow (warm-up) need one a length."""
 
@@ -42,39 +43,42 @@ def keep_all(model: Megalodon) -> None:
             vars(part).pop("forward", None)
 
 
-def compile_model(model: Megalodon, wanted: Literal["auto"] | bool, device: torch.device) -> str | None:
-    """Compile feed-forward networks and RMSNorms in place; return what the user should know of it, if anything.
+def compile_model(model: Megalodon, wanted: Compile, device: torch.device) -> str | None:
+    """Compile parts of the model in place; return what the user should know of it, if anything.
 
-    Compiled are the parts without a graph break; the portable ops read document starts on the host and stay as they
-    are. In float32 on CPU cores (AVX-512, torch 2.13, quickstart and books-tiny) a step takes 0.93 to 1.07 of its eager
-    time, the noise of the measurement, and 18 s to 29 s more before the first; whole blocks break 43 times, take 110 s
-    and gain 3 % to 5 %. So `auto` leaves a CPU alone. On a GPU it compiles: the parts are bound by memory there
-    (expected, not measured yet). Each shape is compiled for itself, so that a resumed run computes what an
-    uninterrupted one does.
+    By default those without a graph break, feed-forward networks and RMSNorms: the portable ops read document starts
+    on the host. In float32 on CPU cores (AVX-512, torch 2.13, quickstart and books-tiny) a step takes 0.93 to 1.07 of
+    its eager time, the noise of the measurement, and 18 s to 29 s more before the first; whole blocks, which break
+    around those ops, take 110 s and gain 3 % to 5 %. So `auto` leaves a CPU alone. On a GPU it compiles: the parts are
+    bound by memory there (expected, not measured yet). Each shape is compiled for itself, so that a resumed run
+    computes what an uninterrupted one does.
 
     Args:
-        wanted: auto, True: compile or raise, False: never.
+        wanted: auto, True: compile these parts or raise, block: whole blocks or raise, False: nothing.
     Raises:
-        EnvironmentFault: True, and a compiler is missing or does not work.
+        EnvironmentFault: True or block, and a compiler is missing or does not work.
     """
     if wanted is False:
         return None
     if wanted == "auto" and device.type == "cpu":
         return "train.compile auto: not compiled, no step is faster for it on a CPU"
     fault = _missing_compiler(device) or _failing_compiler(device)
-    if fault and wanted is True:
-        raise EnvironmentFault(f"train.compile is true, but {fault}", "install it, or train.compile=false")
+    name = str(wanted).lower()
+    if fault and wanted != "auto":
+        raise EnvironmentFault(f"train.compile is {name}, but {fault}", "install it, or train.compile=false")
     if fault:
         return f"train.compile auto: not compiled, {fault}"
-    for part in _compiled_parts(model):
-        part.compile(dynamic=False, fullgraph=True, recompile_limit=LIMIT, options={"fallback_random": True})
-    return f"train.compile {str(wanted).lower()}: feed-forward networks and RMSNorms are compiled in the first step"
+    whole = wanted == "block"
+    for part in _blocks(model) if whole else _parts(model):
+        part.compile(dynamic=False, fullgraph=not whole, recompile_limit=LIMIT, options={"fallback_random": True})
+    what = "whole blocks" if whole else "feed-forward networks and RMSNorms"
+    return f"train.compile {name}: {what} are compiled in the first step"
 
 
 @contextlib.contextmanager
 def eager(model: Megalodon) -> Iterator[None]:
     """Run a compiled model as it was written: batches and prompts of many shapes would each be compiled."""
-    parts = [part for part in _compiled_parts(model) if part._compiled_call_impl is not None]
+    parts = [part for part in (*_blocks(model), *_parts(model)) if part._compiled_call_impl is not None]
     calls = [part._compiled_call_impl for part in parts]
     for part in parts:
         part._compiled_call_impl = None
@@ -91,7 +95,7 @@ def _blocks(model: Megalodon) -> Iterator[Block]:
         yield block
 
 
-def _compiled_parts(model: Megalodon) -> list[nn.Module]:
+def _parts(model: Megalodon) -> list[nn.Module]:
     return [part for block in _blocks(model) for part in (block.nffn, block.mega.rmsnorm)]
 
 

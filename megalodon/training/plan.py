@@ -41,9 +41,9 @@ class TrainConfig(Config):
     """Arithmetic: auto is bf16-mixed on a GPU and fp32 on a CPU."""
     backend: Literal["auto", "triton", "portable", "reference"] = "auto"
     """Implementation of the ops."""
-    compile: Literal["auto"] | bool = "auto"
-    """torch.compile of feed-forward networks and RMSNorms; auto: off on a CPU, where it gains nothing, on on a GPU if
-    the compilers are there; true: compile or refuse."""
+    compile: Literal["auto", "block"] | bool = "auto"
+    """torch.compile of feed-forward networks and RMSNorms; auto: off on a CPU, where it gains little, on on a GPU if
+    the compilers are there; true: compile or refuse; block: whole blocks, which take minutes before the first step."""
     recompute: Literal["none", "attention", "block"] = "none"
     """Activations computed again in the backward pass instead of kept: of no part, of the attention half of every
     block, of whole blocks. Gradients stay the same bit by bit."""

@@ -13,7 +13,7 @@ from megalodon.errors import EnvironmentFault
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon
 from megalodon.training import execution
-from megalodon.training.execution import compile_model, deterministic, eager, keep_all, recompute
+from megalodon.training.execution import Compile, compile_model, deterministic, eager, keep_all, recompute
 from megalodon.training.memory import kept_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -80,8 +80,10 @@ def test_without_a_compiler_true_is_refused_and_auto_says_so(monkeypatch: pytest
     missing = "no C++ compiler was found (g++, or the one that CXX names)"
     monkeypatch.setattr(execution, "_missing_compiler", lambda device: missing)
     model = tiny_model(torch.float32)
-    with pytest.raises(EnvironmentFault, match=r"train\.compile is true, but no C\+\+ compiler was found"):
-        compile_model(model, True, CPU)
+    for wanted in (True, "block"):
+        name = str(wanted).lower()
+        with pytest.raises(EnvironmentFault, match=rf"train\.compile is {name}, but no C\+\+ compiler was found"):
+            compile_model(model, wanted, CPU)
     assert compile_model(model, "auto", CUDA) == f"train.compile auto: not compiled, {missing}"
     assert all(part._compiled_call_impl is None for part in model.modules())
 
@@ -99,14 +101,15 @@ def test_a_compiler_that_torch_does_not_find_is_missing(monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_gradients_are_the_eager_ones_and_evaluation_is_eager() -> None:
+@pytest.mark.parametrize("wanted", [True, "block"])
+def test_compiled_gradients_are_the_eager_ones_and_evaluation_is_eager(wanted: Compile) -> None:
     model = tiny_model(torch.float32, **DROPOUT)
     names, expected = list(model.state_dict()), gradients(model)
     tokens = [random_tokens(1, length) for length in (1, 5, 23)]
     with torch.no_grad():
         scores = [model.eval()(batch)[0] for batch in tokens]
     recompute(model, "attention")  # compiled parts inside recomputed ones draw the same random numbers
-    compile_model(model, True, CPU)
+    compile_model(model, wanted, CPU)
     found = gradients(model)
     for name, value in expected.items():
         assert_close(found[name], value, GRADIENTS[torch.float32], name)
@@ -117,9 +120,10 @@ def test_compiled_gradients_are_the_eager_ones_and_evaluation_is_eager() -> None
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_is_eager_to_rounding_and_resumes_bit_by_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [True, "block"])
+def test_compiled_is_eager_to_rounding_and_resumes_bit_by_bit(tmp_path: Path, wanted: Compile) -> None:
     store = tiny_store(tmp_path / "store")
-    compiled = tiny_plan(train={"max_steps": 4, "compile": True}, checkpoint={"every": 2})
+    compiled = tiny_plan(train={"max_steps": 4, "compile": wanted}, checkpoint={"every": 2})
     tiny_run(store, tmp_path / "eager", tiny_plan(train={"max_steps": 4}))
     tiny_run(store, tmp_path / "whole", compiled)
     tiny_run(store, tmp_path / "stopped", compiled, stop_at_step=2)
