@@ -94,7 +94,7 @@ def profile(request: Request) -> Report:
             _refuse(f"{what}: {text}", need, memory, request.device)
     meter = Meter(request.device, request.dtype, request.repeats, request.report, request.traced is not None)
     header = machine(request.device)
-    # decoding asks for auto, whatever its model was told: inside, auto means the backend that was named
+    # what asks for auto inside, such as the loss, gets the backend that was named
     with _memory_named(request.device), use_backend(request.backend):
         request.report("rates of this machine")
         constants = meter.constants()
