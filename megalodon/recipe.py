@@ -155,7 +155,8 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        faults = [*_horizon_faults(self.train), *_batch_faults(self), *_source_faults(self.data.sources)]
+        faults = [*_horizon_faults(self.train), *_batch_faults(self), *_compile_faults(self)]
+        faults += _source_faults(self.data.sources)
         if faults:
             raise Impossible(*faults)
         return self
@@ -210,6 +211,19 @@ def _batch_faults(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield (
             "data.seq_len",
             f"data.seq_len {seq_len} is not a multiple of {parties}; nearest: {_round_up(seq_len, piece):,}",
+        )
+
+
+def _compile_faults(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.train.compile != "block":
+        return
+    if config.data.isolate == "doc":
+        reason = "documents give every batch shapes of its own, each compiled for minutes"
+        yield "train.compile", f"block needs data.isolate none, as {reason}; or train.compile true"
+    if (what := config.train.recompute) != "none":
+        yield (
+            "train.compile",
+            f"block compiles nothing under train.recompute {what}; expected none, or train.compile true",
         )
 
 

@@ -166,6 +166,22 @@ def test_impossible_numbers_name_all_parties(small):
     )
 
 
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ("data.isolate=doc", "block needs data.isolate none, as documents give every batch shapes of its own"),
+        ("train.recompute=attention", "block compiles nothing under train.recompute attention; expected none"),
+    ],
+)
+def test_whole_blocks_are_compiled_only_where_shapes_repeat_and_nothing_is_recomputed(small, other, reason):
+    alone = "train.compile=block", "data.isolate=none"
+    assert small(*alone).config.train.compile == "block"
+    with pytest.raises(InvalidRecipe) as error:
+        small(*alone, other)
+    (message,) = messages(error)
+    assert message.startswith(f"command line: train.compile=block: {reason}")
+
+
 def test_no_devices_and_no_name_are_refused_where_they_are_given(small):
     with pytest.raises(InvalidRecipe) as error:
         small("parallel.dp_shard=0", "train.max_epochs=.inf")

@@ -82,7 +82,9 @@ def _draw(path: Path, lines: Mapping[str, Points], across: str, up: str) -> None
                 axes.plot(at, list(points.values()), marker="o", markersize=4, color=COLOURS[name])
                 axes.annotate(f" {name}", (at[-1], list(points.values())[-1]), color=COLOURS[name], va="bottom")
         _axes(axes, places, across, up, lowest=min(min(p.values()) for p in lines.values() if p))
-        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        aside = path.with_suffix(".tmp")
+        figure.savefig(aside, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        aside.replace(path)
         pyplot.close(figure)
 
 

@@ -126,7 +126,7 @@ def features_first(x: Tensor) -> Tensor:
     turned = x.permute(2, 0, 1)
     if turned.is_contiguous() or not x.is_cpu:
         return turned.contiguous()
-    out = torch.empty(turned.shape, dtype=x.dtype)
+    out = x.new_empty(turned.shape)
     for b in range(len(x)):
         for begin in range(0, x.shape[1], TOKENS):
             span = slice(begin, begin + TOKENS)
@@ -139,7 +139,7 @@ def features_last(x: Tensor) -> Tensor:
     turned = x.permute(1, 2, 0)
     if turned.is_contiguous() or not x.is_cpu:
         return turned.contiguous()
-    out = torch.empty(turned.shape, dtype=x.dtype)
+    out = x.new_empty(turned.shape)
     for begin in range(0, len(x), FEATURES):
         block = slice(begin, begin + FEATURES)
         out[..., block] = turned[..., block]

@@ -233,7 +233,7 @@ class Megalodon(nn.Module):
             tokens: (B, L) int64 ids below vocab_size; B ≥ 1, any L, also 0.
             state:  what an earlier call returned; None means nothing was read yet.
             starts: (B, L) bool: True at the first token of a document: all memory of what came before ends there.
-                    None means that no document begins inside the call. On the CPU a GPU need not be waited for.
+                    None means that no document begins inside the call. Pass it on the CPU: then no GPU is waited for.
         Returns:
             logits: (B, L, num_outputs) float32 (float64 in a float64 model).
             state:  a new value; the one passed in is untouched. It is part of the graph when gradients are recorded.
@@ -297,7 +297,7 @@ class Megalodon(nn.Module):
         return State(empty(dtype=torch.int64), layers, norm)
 
     def _place(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> Place:
-        """What all layers share. Here alone a GPU is waited for: for a state, and for starts that lie there."""
+        """What all layers share. With the kernels a GPU is waited for here alone: for a state and its starts."""
         (B, L), C = tokens.shape, self.config.chunk_size
         read = torch.zeros(B, dtype=torch.int64, device="cpu") if state is None else state.position.cpu()
         if state is not None:

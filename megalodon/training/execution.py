@@ -51,7 +51,8 @@ def compile_model(model: Megalodon, wanted: Compile, device: torch.device) -> st
     its eager time, the noise of the measurement, and 18 s to 29 s more before the first; whole blocks, which break
     around those ops, take 110 s and gain 3 % to 5 %. So `auto` leaves a CPU alone. On a GPU it compiles: the parts are
     bound by memory there (expected, not measured yet). Each shape is compiled for itself, so that a resumed run
-    computes what an uninterrupted one does.
+    computes what an uninterrupted one does. A recipe cannot ask for blocks where document starts give every batch
+    shapes of its own, nor under `recompute`, which hides a block with graph breaks from the compiler.
 
     Args:
         wanted: auto, True: compile these parts or raise, block: whole blocks or raise, False: nothing.
@@ -61,7 +62,7 @@ def compile_model(model: Megalodon, wanted: Compile, device: torch.device) -> st
     if wanted is False:
         return None
     if wanted == "auto" and device.type == "cpu":
-        return "train.compile auto: not compiled, no step is faster for it on a CPU"
+        return "train.compile auto: not compiled, a step gains little by it on a CPU"
     fault = _missing_compiler(device) or _failing_compiler(device)
     name = str(wanted).lower()
     if fault and wanted != "auto":
@@ -69,6 +70,8 @@ def compile_model(model: Megalodon, wanted: Compile, device: torch.device) -> st
     if fault:
         return f"train.compile auto: not compiled, {fault}"
     whole = wanted == "block"
+    # Where graphs break, torch would run what exceeds the limit as it was written, and say nothing.
+    torch._dynamo.config.fail_on_recompile_limit_hit |= whole
     for part in _blocks(model) if whole else _parts(model):
         part.compile(dynamic=False, fullgraph=not whole, recompile_limit=LIMIT, options={"fallback_random": True})
     what = "whole blocks" if whole else "feed-forward networks and RMSNorms"

@@ -43,7 +43,8 @@ class TrainConfig(Config):
     """Implementation of the ops."""
     compile: Literal["auto", "block"] | bool = "auto"
     """torch.compile of feed-forward networks and RMSNorms; auto: off on a CPU, where it gains little, on on a GPU if
-    the compilers are there; true: compile or refuse; block: whole blocks, which take minutes before the first step."""
+    the compilers are there; true: compile or refuse; block: whole blocks, which take minutes before the first step and
+    need data.isolate none and recompute none."""
     recompute: Literal["none", "attention", "block"] = "none"
     """Activations computed again in the backward pass instead of kept: of no part, of the attention half of every
     block, of whole blocks. Gradients stay the same bit by bit."""
@@ -191,9 +192,10 @@ def _refuse_unsupported(
     device: torch.device,
 ) -> None:
     """Raises: InvalidRecipe with a problem for each value that this version would otherwise ignore."""
+    gpu = device.type == "cuda"
     values: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("train.precision", config.precision, ("auto", "bf16-mixed", "fp32")),
-        ("train.backend", config.backend, ("auto", "portable", "reference")),
+        ("train.backend", config.backend, ("auto", "portable", "reference", *(["triton"] if gpu else []))),
         ("parallel.dp_replicate", parallel.dp_replicate, (1,)),
         ("parallel.dp_shard", parallel.dp_shard, ("all", 1)),
         ("parallel.cp", parallel.cp, (1,)),

@@ -63,6 +63,22 @@ def test_the_portable_path_adds_up_over_spans_and_blocks_of_channels(monkeypatch
         assert_close(a, e, OP[torch.float64])
 
 
+@pytest.mark.parametrize("length", [1, 9, 64])
+def test_a_final_state_alone_has_its_gradients(length: int) -> None:
+    """Ends with a full row or not; the gradient lies as autograd expands a number."""
+    inputs = inputs_of(37)
+    leaves = ("x", "p", "log_decay", "angle", "gamma", "h0")
+    draw = torch.Generator().manual_seed(4)
+    inputs["x"] = torch.randn(2, length, 3, dtype=torch.float64, generator=draw)
+    found = []
+    for backend in ("reference", "portable"):
+        given = inputs | {name: inputs[name].detach().clone().requires_grad_() for name in leaves}
+        final = megalodon_kernels.cema(**given, backend=backend)[1]
+        found.append((final.detach(), *torch.autograd.grad(final.sum(), [given[name] for name in leaves])))
+    for actual, expected in zip(found[1], found[0], strict=True):
+        assert_close(actual, expected, OP[torch.float64])
+
+
 @pytest.mark.parametrize("at", LENGTHS)
 def test_two_halves_make_a_whole(at: int) -> None:
     inputs = inputs_of(2 * ROW + 9)
@@ -75,11 +91,12 @@ def test_two_halves_make_a_whole(at: int) -> None:
 
 @pytest.mark.parametrize("log_decay", [-36.04, -1e-12, -0.3])
 @pytest.mark.parametrize("angle", [0.0, math.pi, -7 * math.pi])
-def test_decays_and_angles_at_their_ends(log_decay: float, angle: float) -> None:
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+def test_decays_and_angles_at_their_ends(backend: str, log_decay: float, angle: float) -> None:
     """|q| = 2e-16 and 1 - 1e-12; no turn, half a turn, and three and a half turns backwards."""
     inputs = inputs_of(2 * ROW + 3)
     inputs |= {"log_decay": torch.full((3, 2), log_decay).double(), "angle": torch.full((3, 2), angle).double()}
-    expected, actual = run("cema", inputs, "reference"), run("cema", inputs, "triton")
+    expected, actual = run("cema", inputs, "reference"), run("cema", inputs, backend)
     for i, (a, e) in enumerate(zip(actual[0] + actual[1], expected[0] + expected[1], strict=True)):
         assert_close(a, e, OP[torch.float64], f"number {i}")
 

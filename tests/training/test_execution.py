@@ -71,7 +71,7 @@ def test_a_run_that_recomputes_ends_where_the_other_does(tmp_path: Path, what: s
 
 def test_auto_leaves_a_cpu_alone_and_false_leaves_all_alone() -> None:
     model = tiny_model(torch.float32)
-    assert compile_model(model, "auto", CPU) == "train.compile auto: not compiled, no step is faster for it on a CPU"
+    assert compile_model(model, "auto", CPU) == "train.compile auto: not compiled, a step gains little by it on a CPU"
     assert compile_model(model, False, CUDA) is None
     assert all(part._compiled_call_impl is None for part in model.modules())
 
@@ -108,7 +108,8 @@ def test_compiled_gradients_are_the_eager_ones_and_evaluation_is_eager(wanted: C
     tokens = [random_tokens(1, length) for length in (1, 5, 23)]
     with torch.no_grad():
         scores = [model.eval()(batch)[0] for batch in tokens]
-    recompute(model, "attention")  # compiled parts inside recomputed ones draw the same random numbers
+    if wanted is True:
+        recompute(model, "attention")  # compiled parts inside recomputed ones draw the same random numbers
     compile_model(model, wanted, CPU)
     found = gradients(model)
     for name, value in expected.items():

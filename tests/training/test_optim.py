@@ -42,6 +42,25 @@ def test_a_step_is_that_of_the_paper() -> None:
         assert float(model.weight.detach()) == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_on_matrices_are_those_of_separate_operations(dtype: torch.dtype) -> None:
+    """Gradients of products, one of a transposed weight: autograd lays them out as the parameters are."""
+    models = [nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 7)).to(dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    config = OptimConfig(lr=0.01)
+    ours = build_optimizer(models[0], config)
+    options = {"lr": 0.01, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    theirs = torch.optim.AdamW(models[1].parameters(), foreach=False, fused=False, **options)
+    x = torch.randn(11, 7, dtype=dtype)
+    for _ in range(4):
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            (model(x) @ model[0].weight.T).square().sum().backward()
+            optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=20 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("betas", [(1.5, 0.9), (0.9, 1.0), (-0.1, 0.9)])
 def test_a_mean_that_does_not_decay_is_refused(betas: tuple[float, float]) -> None:
     with pytest.raises(ValidationError, match="expected two numbers from 0 to below 1"):

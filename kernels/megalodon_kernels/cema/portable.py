@@ -64,7 +64,7 @@ class _Cema(torch.autograd.Function):
         D, B, R, T = packed.shape
         # The states of a row lie together: the scan over rows is one short call a row.
         states = x.new_empty(R + 1, D, B, p.shape[1], dtype=carry.to_complex())
-        states[0] = 0 if h0 is None else torch.view_as_complex(h0.to(carry)).transpose(0, 1)
+        states[0] = 0 if h0 is None else torch.view_as_complex(h0.to(carry).contiguous()).transpose(0, 1)
         y, h = torch.empty_like(packed), torch.empty_like(states[0])
         for c in _blocks(D, CHANNELS):
             tables = Tables.of(p[c], log_decay[c], angle[c], gamma[c], omega[c], T, wide)
@@ -88,7 +88,8 @@ class _Cema(torch.autograd.Function):
         packed, d_packed = _pack(x, rows), _pack(torch.zeros_like(x) if dy is None else dy, rows)
         dx, end = torch.empty_like(packed), _End(rows)
         d_h0, tail = torch.empty_like(states[0]), x.new_empty(x.shape[-1], len(x), rows.width, dtype=wide)
-        d_final = None if dh is None else torch.view_as_complex(dh.to(carry)).transpose(0, 1)  # (D, B, N)
+        # (D, B, N); a gradient may lie as autograd expanded it.
+        d_final = None if dh is None else torch.view_as_complex(dh.to(carry).contiguous()).transpose(0, 1)
         gradients = []
         for c in _blocks(x.shape[-1], CHANNELS):
             tables = Tables.of(p[c], log_decay[c], angle[c], gamma[c], omega[c], rows.width, wide)
@@ -100,9 +101,9 @@ class _Cema(torch.autograd.Function):
                 tail[c] = torch.bmm(pairs, tables.enter.mT)
                 if sums:
                     sums.add_input(end.tokens(x[..., c], wide), pairs)
+                    before = end.of_states(states[:, c])
                     for b, steps in enumerate(end.length.tolist()):
-                        h = end.of_states(states[:, c])[None, :, b]
-                        sums.add_carry(h, decay[:, b], steps, G[None, :, b])
+                        sums.add_carry(before[None, :, b], decay[:, b], steps, G[None, :, b])
             decay = tables.decay[:, None].to(states.dtype)
             d_h0[c] = _backward(packed[c], d_packed[c], tables, decay, states[:, c], arriving, dx[c], rows, sums)
             gradients.append(sums.gradients(p[c], log_decay[c], angle[c], gamma[c]) if sums else (None,) * 5)
@@ -175,8 +176,8 @@ def _backward(
             tokens, h = x[:, :, span].flatten(1, 2).to(wide), states[span]
             sums.add_output(tokens, d_out, _beside_tokens(h, wide))
             sums.add_input(tokens, behind)
-            for b in range(x.shape[1]):
-                sums.add_carry(h[:, :, b], decay[:, 0], rows.width, G[1:, :, b])
+            h_rows, G_rows = (z.transpose(1, 2).flatten(0, 1) for z in (h, G[1:]))
+            sums.add_carry(h_rows, decay[:, 0], rows.width, G_rows)
     return first
 
 

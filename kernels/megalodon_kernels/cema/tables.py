@@ -35,7 +35,7 @@ class Tables(NamedTuple):
     ) -> Self:
         """Form them in `dtype`, float32 or float64."""
         powers, p = Powers(log_decay, angle, T), p.to(dtype)
-        gamma = torch.view_as_complex(gamma.to(dtype))
+        gamma = torch.view_as_complex(gamma.to(dtype).contiguous())
         enter = as_pairs(powers.backward(dtype, p))
         leave = as_pairs(powers.forward(dtype, gamma * powers.q.to(gamma.dtype), conj=True))
         # k[t + 1] = Re Σ_n p conj(leave[t])
@@ -103,7 +103,7 @@ class Sums:
         """Of the states behind rows of tokens (D, M, T), from the gradients G, pairs (D, M, 2N), of these."""
         self._add("enter", tokens, G)
 
-    def add_carry(self, h: Tensor, decay: Tensor, steps: Tensor | int, G: Tensor) -> None:
+    def add_carry(self, h: Tensor, decay: Tensor, steps: int, G: Tensor) -> None:
         """Of decay h, decay = q^steps (D, N) in each of M rows, from its gradients G; both (M, D, N)."""
         # Once more in float64: there are as many terms as rows in the whole sequence.
         self._carried = self._carried + steps * decay.conj() * _total(torch.conj_physical(h).mul_(G)).to(
@@ -122,7 +122,7 @@ class Sums:
         """Those of p, log_decay, angle, gamma, omega, in their shapes."""
         products, E, F = (self._sums[name] for name in ("kernel", "leave", "enter"))
         (D, T, _), dtype = products.shape, products.dtype
-        powers, p, gamma = Powers(log_decay, angle, T), p.to(dtype), torch.view_as_complex(gamma.to(dtype))
+        powers, p, gamma = Powers(log_decay, angle, T), p.to(dtype), torch.view_as_complex(gamma.to(dtype).contiguous())
         q, table = powers.q.to(gamma.dtype), powers.forward(dtype)
         # Read with lines one longer, a diagonal is a column; behind its end it has met the triangle that is now 0.
         lines = products.triu_().as_strided((D, T - 1, T), (T * T, T + 1, 1))
