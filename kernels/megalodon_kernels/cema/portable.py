@@ -21,9 +21,10 @@ from megalodon_kernels.rows import Rows, cut, features_first
 # Twice the row doubles the work of K and the memory of its table, and halves the loop over rows and the states that are
 # kept: as many bytes as x in float32.
 ROW = 32
-# Tokens and channels whose intermediate values exist at a time; fewer are not faster, the tables are read once a span.
+# Tokens and channels whose intermediate values exist at a time. Forward and backward at (1, 4096, 512, 16) on two
+# AVX-512 cores: 39 ms so, 44 ms in blocks of 256 channels, 45 ms in spans of 2048 tokens.
 SPAN = 8192
-CHANNELS = 256
+CHANNELS = 512
 
 
 def cema_portable(
@@ -129,8 +130,7 @@ def _forward(x: Tensor, tables: Tables, decay: Tensor, states: Tensor, y: Tensor
             after = span.start + r + 1
             if after < len(begins) and begins[after]:
                 row[r + 1].masked_fill_(rows.begins[:, after, None], 0)
-        out = torch.bmm(tokens, tables.kernel).baddbmm_(_beside_tokens(seen[:-1], wide), tables.leave.mT)
-        y[:, :, span] = out.view_as(y[:, :, span])
+        _products(tokens, tables.kernel, _beside_tokens(seen[:-1], wide), tables.leave.mT, y[:, :, span])
 
 
 def _backward(
@@ -170,8 +170,7 @@ def _backward(
             if begins[span.start + r]:
                 row[r].masked_fill_(rows.begins[:, span.start + r, None], 0)
         first, behind = row[0], _beside_tokens(G[1:], wide)
-        d_tokens = torch.bmm(d_out, tables.kernel.mT).baddbmm_(behind, tables.enter.mT)
-        dx[:, :, span] = d_tokens.view_as(dx[:, :, span])
+        _products(d_out, tables.kernel.mT, behind, tables.enter.mT, dx[:, :, span])
         if sums:
             tokens, h = x[:, :, span].flatten(1, 2).to(wide), states[span]
             sums.add_output(tokens, d_out, _beside_tokens(h, wide))
@@ -179,6 +178,14 @@ def _backward(
             h_rows, G_rows = (z.transpose(1, 2).flatten(0, 1) for z in (h, G[1:]))
             sums.add_carry(h_rows, decay[:, 0], rows.width, G_rows)
     return first
+
+
+def _products(tokens: Tensor, kernel: Tensor, states: Tensor, table: Tensor, out: Tensor) -> None:
+    """tokens kernel + states table, into `out` (D, B, R, T): with no copy where that is one piece of the same dtype."""
+    if out.is_contiguous() and out.dtype == tokens.dtype:
+        torch.bmm(tokens, kernel, out=out.flatten(1, 2)).baddbmm_(states, table)
+    else:
+        out.copy_(torch.bmm(tokens, kernel).baddbmm_(states, table).view(out.shape))
 
 
 def _beside_tokens(states: Tensor, dtype: torch.dtype) -> Tensor:
