@@ -7,6 +7,7 @@ Not here: ops by themselves (timing.py).
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -283,7 +284,7 @@ def _prefill(request: "Request", meter: Meter) -> Iterator[Row]:
             session = Session(model, state_at(model, depth))
 
             def read() -> Session:
-                session.feed(n % model.config.vocab_size for n in range(length))  # no list: it would grow with the text
+                session.feed(islice(cycle(range(model.config.vocab_size)), length))  # a list would grow with the text
                 return session
 
             return read
