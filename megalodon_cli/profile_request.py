@@ -180,10 +180,10 @@ def check_files(*, baseline: Path | None, out: Path | None, trace: Path | None, 
 
 
 def _check_writable(path: Path) -> None:
-    if path.is_symlink() and not path.exists():
-        raise InputError(f"{path}: is a link to nothing; expected a file or no file")
     try:
         there = path.exists()
+        if path.is_symlink() and not there:
+            raise InputError(f"{path}: is a link to nothing; expected a file or no file")
         path.open("ab").close()
         if not there:
             path.unlink()
