@@ -59,7 +59,7 @@ def report(repository: Path) -> None:
         found[name] = {op: list(seen) for op, seen in walks.items()}
         for seen in walks.values():
             seen.clear()
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 def test_six_files_from_verb_to_kernel(monkeypatch, tmp_path, repository):
