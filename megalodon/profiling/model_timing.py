@@ -120,7 +120,9 @@ def _loss(request: "Request", tokens: int) -> Passes:
     config, device = request.model_config, request.device
     wide = torch.promote_types(request.dtype, torch.float32)
     hidden = torch.randn(1, tokens, config.model_dim, dtype=wide, device=device, requires_grad=True)
-    weight = torch.randn(config.num_outputs, config.model_dim, dtype=wide, device=device, requires_grad=True)
+    # As large as a new model's: the softmax of logits in the tens is full of denormal numbers, which cost a CPU much.
+    weight = torch.randn(config.num_outputs, config.model_dim, dtype=wide, device=device) / config.model_dim**0.5
+    weight.requires_grad_()
     targets = torch.zeros(1, tokens, dtype=torch.int64, device=device)
 
     def forward() -> Tensor:
