@@ -477,7 +477,7 @@ def _checked_manifest(path: Path, raw: bytes) -> dict[str, Any]:
         raise DataError(f"{path}: not JSON ({error}); tokenize again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path}: expected format `{FORMAT}`; this is not a token store")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") is True or manifest.get("version") != VERSION:  # in JSON true is no 1, in Python it is
         raise DataError(f"{path}: version is {manifest.get('version')}, this program reads {VERSION}; tokenize again")
     check_shape(path, manifest, _PART)
     last = -1
