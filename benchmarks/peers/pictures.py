@@ -4,12 +4,13 @@ Text and axes are of a grey that can be read on white and on black, the ground i
 the same bytes.
 """
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from decode import DEEP, DEPTHS
-from results import Document
+from results import Document, write_whole
 from train import BETWEEN, FLAT, TARGETS
 
 GREY = "#7a828e"
@@ -82,9 +83,9 @@ def _draw(path: Path, lines: Mapping[str, Points], across: str, up: str) -> None
                 axes.plot(at, list(points.values()), marker="o", markersize=4, color=COLOURS[name])
                 axes.annotate(f" {name}", (at[-1], list(points.values())[-1]), color=COLOURS[name], va="bottom")
         _axes(axes, places, across, up, lowest=min(min(p.values()) for p in lines.values() if p))
-        aside = path.with_suffix(".tmp")
-        figure.savefig(aside, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        aside.replace(path)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        write_whole(path, text.getvalue())
         pyplot.close(figure)
 
 

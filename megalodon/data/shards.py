@@ -446,7 +446,7 @@ def open_store(path: Path, vocab_size: int | None = None, reader: Reader = "mmap
 _FILE = {"name": str, "bytes": int, "sha256": str}
 _SHARD = {"name": str, "source": str, "tokens": int, "documents": int, "text_bytes": int, "max_id": int}
 _PART = {
-    **{"vocab_size": int, "tokens": int, "documents": int, "text_bytes": int},
+    **{"version": int, "vocab_size": int, "tokens": int, "documents": int, "text_bytes": int},
     "shards": [{**_SHARD, "files": [_FILE]}],
 }
 _NAMES = {str: "text", int: "a count", bool: "true or false", dict: "an object", list: "a list"}
@@ -477,7 +477,7 @@ def _checked_manifest(path: Path, raw: bytes) -> dict[str, Any]:
         raise DataError(f"{path}: not JSON ({error}); tokenize again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path}: expected format `{FORMAT}`; this is not a token store")
-    if manifest.get("version") is True or manifest.get("version") != VERSION:  # in JSON true is no 1, in Python it is
+    if manifest.get("version") != VERSION:
         raise DataError(f"{path}: version is {manifest.get('version')}, this program reads {VERSION}; tokenize again")
     check_shape(path, manifest, _PART)
     last = -1

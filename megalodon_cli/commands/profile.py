@@ -1,6 +1,7 @@
-"""`megalodon profile`: where time and memory go on this machine. Not here: measuring (megalodon/profiling/timing.py),
+"""`megalodon profile`: where time and memory go on this machine.
 
-what the options mean (profile_request.py), tables and files (profile_screen.py).
+Not here: measuring (megalodon/profiling/timing.py), what the options mean (profile_request.py), tables and files
+(profile_screen.py).
 """
 
 import os

@@ -179,6 +179,10 @@ def damage(store: Store, kind: str) -> None:
         rewrite_manifest(store, format="other")
     elif kind == "version":
         rewrite_manifest(store, version=2)
+    elif kind == "version true":
+        rewrite_manifest(store, version=True)
+    elif kind == "version 1.0":
+        rewrite_manifest(store, version=1.0)
     elif kind == "dtype":
         rewrite_manifest(store, dtype="uint32")
     elif kind == "header":
@@ -209,6 +213,8 @@ def damage(store: Store, kind: str) -> None:
         ("no json", "not JSON"),
         ("format", "not a token store"),
         ("version", "version is 2, this program reads 1"),
+        ("version true", "version is true, expected a count"),
+        ("version 1.0", r"version is 1\.0, expected a count"),
         ("dtype", "dtype is uint32, expected uint16"),
         ("header", r"00000\.idx: shard 00000: not a .npy file"),
         ("nested", "not JSON"),

@@ -106,7 +106,8 @@ class _Cema(torch.autograd.Function):
                     for b, steps in enumerate(end.length.tolist()):
                         sums.add_carry(before[None, :, b], decay[:, b], steps, G[None, :, b])
             decay = tables.decay[:, None].to(states.dtype)
-            d_h0[c] = _backward(packed[c], d_packed[c], tables, decay, states[:, c], arriving, dx[c], rows, sums)
+            passed = packed[c], d_packed[c], tables, decay, states[:, c], arriving, end, dx[c], rows, sums
+            d_h0[c] = _backward(*passed)
             gradients.append(sums.gradients(p[c], log_decay[c], angle[c], gamma[c]) if sums else (None,) * 5)
         d_x = _unpack(dx, rows, x.shape[1])
         if d_final is not None:
@@ -140,6 +141,7 @@ def _backward(
     decay: Tensor,
     states: Tensor,
     arriving: Tensor | None,
+    end: "_End",
     dx: Tensor,
     rows: Rows,
     sums: Sums | None,
@@ -153,7 +155,7 @@ def _backward(
         arriving: (D, B, N): what the final state adds to that before the last row of each batch row.
     """
     back, begins, wide = decay.conj().resolve_conj(), rows.begins.any(dim=0).tolist(), tables.kernel.dtype
-    ends, first = _End(rows).row.tolist(), torch.zeros_like(states[0])
+    ends, first = end.row.tolist(), torch.zeros_like(states[0])
     for span in reversed(_spans(rows)):
         d_out = dy[:, :, span].flatten(1, 2).to(wide)
         # Of the state before each row of the span, and behind it that of the state after the last one.
@@ -161,9 +163,9 @@ def _backward(
         G[:-1] = as_complex(torch.bmm(d_out, tables.leave)).unflatten(1, (x.shape[1], -1)).permute(2, 0, 1, 3)
         G[-1] = first
         if arriving is not None:
-            for b, end in enumerate(ends):
-                if span.start <= end < span.stop:
-                    G[end - span.start, :, b] += arriving[:, b]
+            for b, last in enumerate(ends):
+                if span.start <= last < span.stop:
+                    G[last - span.start, :, b] += arriving[:, b]
         row = G.unbind(0)
         for r in reversed(range(len(row) - 1)):
             row[r].addcmul_(back, row[r + 1])

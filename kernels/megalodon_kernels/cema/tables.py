@@ -140,9 +140,9 @@ class Sums:
         return d_p, d_log_q.real, d_log_q.imag, torch.view_as_real(d_gamma.resolve_conj()), dk[:, 0]
 
 
-def power(log_decay: Tensor, angle: Tensor, t: Tensor | int, dtype: torch.dtype) -> Tensor:
+def power(log_decay: Tensor, angle: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
     """q^t, formed in float64 and rounded to the complex of `dtype`: (D, N), (T,) -> (D, T, N)."""
-    t = torch.as_tensor(t, device=angle.device).view(-1, 1)
+    t = t.view(-1, 1)
     size, turn = (log_decay.double()[:, None] * t).exp_(), angle.double()[:, None] * t
     # torch.polar is about four times slower.
     return torch.complex((size * turn.cos()).to(dtype), size.mul_(turn.sin_()).to(dtype))
