@@ -5,7 +5,7 @@
     other = session.branch()                  # both continue from here, independently
     place = session.snapshot()                # later: session.rewind(place), by reading less than a chunk
     for token in generate(session, [], 64, SamplingConfig(temperature=0)): ...
-    model, tokenizer, bos = load_writer(path)
+    model, tokenizer, bos, chat = load_writer(path)
 
 Not here: how a token is chosen (sampling.py), whole characters (stream.py), a session's file (session_file.py), many texts
 at once (batch.py).
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from megalodon.checkpoint.tensors import load_model, read_model_info
+from megalodon.data.chat import ChatFormat
 from megalodon.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon.errors import CheckpointError, InputError
 from megalodon.inference.norm_window import KEPT, NormStats, check_norm_stats, is_due, refreshed
@@ -280,6 +281,8 @@ class Writer(NamedTuple):
     tokenizer: Tokenizer
     bos: bool
     """Whether documents began with BOS in training, so that prompts do too."""
+    chat: ChatFormat | None = None
+    """How conversations are written, if the model was tuned for them."""
 
 
 def load_writer(directory: Path) -> Writer:
@@ -298,12 +301,15 @@ def load_writer(directory: Path) -> Writer:
             f"{directory}: the tokenizer is {tokenizer.sha256[:8]}, but the model was trained with {expected[:8]}; "
             "put the tokenizer files of the run back"
         )
-    if tokenizer.vocab_size > model.config.vocab_size:
+    bos = bool(info.get("bos", True))
+    chat = ChatFormat.load(directory, tokenizer, bos=bos)
+    rows = tokenizer.vocab_size + (chat.new_rows if chat else 0)
+    if rows > model.config.vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {model.config.vocab_size:,} rows; "
+            f"{directory}: the tokenizer has {rows:,} ids, the model {model.config.vocab_size:,} rows; "
             "put the tokenizer files of the run back"
         )
-    return Writer(model, tokenizer, bool(info.get("bos", True)))
+    return Writer(model, tokenizer, bos, chat)
 
 
 def generate(
