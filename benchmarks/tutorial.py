@@ -39,17 +39,23 @@ def main() -> None:
     began, shown = time.monotonic(), ""
     page = blocks((ROOT / "docs/tutorial.md").read_text(encoding="utf-8"))
     for number, block in enumerate(page, 1):
-        print(f"\n== {number} of {len(page)}, after {time.monotonic() - began:.0f} s\n{block}", flush=True)
+        say(f"\n== {number} of {len(page)}, after {time.monotonic() - began:.0f} s\n{block}")
         done = subprocess.run(
             ["sh", "-e"], input=block, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, check=False
         )
-        print(done.stdout, flush=True)
+        say(done.stdout)
         shown = done.stdout
         if done.returncode:
             sys.exit(f"block {number} ended with {done.returncode}")
-    print(f"{len(page)} blocks in {time.monotonic() - began:.0f} s, in {folder}")
+    say(f"{len(page)} blocks in {time.monotonic() - began:.0f} s, in {folder}")
     if given.svg:
         draw(page[-1], shown, given.svg)
+
+
+def say(text: str) -> None:
+    """Show a line at once, beside what the commands say on stderr."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def draw(block: str, shown: str, target: Path) -> None:

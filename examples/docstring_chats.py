@@ -33,7 +33,7 @@ def main(target: Path) -> None:
                     messages.append({"role": "assistant", "content": answer})
                 lines.write(json.dumps({"messages": messages}) + "\n")
                 count += 1
-    print(f"{target}: {count:,} conversations")
+    sys.stdout.write(f"{target}: {count:,} conversations\n")
 
 
 def documented(path: Path) -> Iterator[tuple[str, str]]:
