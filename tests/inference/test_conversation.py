@@ -14,7 +14,6 @@ from megalodon.data.tokenizer import ByteTokenizer
 from megalodon.errors import DataError, InputError
 from megalodon.inference.conversation import (
     KEPT,
-    Answering,
     Conversation,
     Reading,
     entry_json,
@@ -22,7 +21,7 @@ from megalodon.inference.conversation import (
     exported,
 )
 from megalodon.inference.sampling import SamplingConfig
-from megalodon.inference.session import Session, Snapshot, Writer
+from megalodon.inference.session import Answering, Session, Snapshot, Writer
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
 

@@ -190,7 +190,7 @@ def scripted(model, monkeypatch):
 
     def script(ids: list[int]) -> None:
         coming = iter(ids)
-        monkeypatch.setattr("megalodon.inference.session.sample", lambda *_: next(coming))
+        monkeypatch.setattr("megalodon.inference.sampling.sample", lambda *_: next(coming))
 
     return script
 
