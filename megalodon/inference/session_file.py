@@ -19,8 +19,9 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -290,6 +291,14 @@ def _entries(value: Any) -> tuple[Entry, ...]:
     return tuple(value)
 
 
+def _next(ids: Iterator[int], count: int) -> tuple[int, ...]:
+    """The next ids. Raises: ValueError if there are not so many."""
+    found = tuple(islice(ids, count))
+    if len(found) < count:
+        raise ValueError(f"{count} ids were to come, {len(found)} came")
+    return found
+
+
 class _Reader:
     """The tensors of one file, each checked against what this model has."""
 
@@ -342,14 +351,14 @@ class _Reader:
             if position % C:
                 raise ValueError(f"a boundary at {position}")
             count = min(KEPT, position // C) if norm_stats == "window" else 0
-            chunks = tuple(tuple(next(recent) for _ in range(C)) for _ in range(count))
+            chunks = tuple(_next(recent, C) for _ in range(count))
             pasts.append(Past(self._state("", wide, row, len(positions), position, None), position, chunks))
         lengths, tail = self.numbers("tail_length", 0, C), iter(self.numbers("tail", 0, config.vocab_size, torch.int32))
         rows = self.numbers("place", 0, len(pasts))
         logits = self.take("next_logits", wide, len(rows), config.num_outputs).to(self.model.device)
         found = []
         for row, length, its in zip(rows, lengths, logits, strict=True):
-            ids = tuple(next(tail) for _ in range(length))
+            ids = _next(tail, length)
             found.append(Snapshot(pasts[row], ids, its if pasts[row].position + length else None))
         if next(tail, None) is not None or next(recent, None) is not None or not found:
             raise ValueError("ids that belong to no place")
