@@ -134,7 +134,7 @@ def _rebuilt(writer: "Writer", path: Path, norm_stats: "NormStats | None", raw: 
         if file.sha256 != entry.sha256:
             was = f"the session read {entry.sha256[:8]}"
             raise InputError(f"{file.path} has sha256 {file.sha256[:8]}, {was}; put that file back")
-        read_text(talk, file)
+        console.info(read_text(talk, file))
 
     history = load_history(path)
     console.info(f"{path}: reading its transcript again")

@@ -42,7 +42,8 @@ FORMAT = "megalodon/session/1"
 KEPT_TURNS = 4
 """Turns whose beginnings stand in the file."""
 _KEY, _NO_CHECKSUM = "megalodon", "0" * 64
-_TENSORS = 17
+_TENSORS = 1 << 12
+"""More than a session has, so that other files are told apart by what they say, not by their size."""
 
 Entry = Mapping[str, Any]
 """Of a transcript, as JSON: {"role", "content"}, or {"read": {"name", "sha256", "tokens"}}."""
