@@ -37,7 +37,7 @@ from megalodon.checkpoint.store import (
     steps_in,
     verify_step,
 )
-from megalodon.data.loader import IGNORED, Batch, Loader
+from megalodon.data.loader import IGNORED, Batch, Samples
 from megalodon.data.prefetch import Prefetch
 from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError
 from megalodon.model.loss import loss_sums
@@ -150,7 +150,7 @@ class _Pass(NamedTuple):
     """After the last micro-batch; None if no health row is due."""
 
 
-def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Result:
+def train(model_config: ModelConfig, loader: Samples, plan: Plan, run: Run) -> Result:
     """Train a model in a run directory, continuing from its newest checkpoint that verifies.
 
     Raises:
@@ -174,7 +174,7 @@ def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Re
 class Trainer:
     """A model, its optimizer and how far they are."""
 
-    def __init__(self, model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> None:
+    def __init__(self, model_config: ModelConfig, loader: Samples, plan: Plan, run: Run) -> None:
         self.loader, self.plan, self.run = loader, plan, run
         self.batches = Prefetch(lambda first: loader.batch(first, plan.rows), plan.rows)
         backend: Any = plan.config.backend
