@@ -38,6 +38,8 @@ _SENTENCE = 4096
 """Characters of one training sentence; longer lines are cut, since the trainer would drop them without a word."""
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 """ModelProto{normalizer_spec{add_dummy_prefix: false}}: appended to a serialized model it overrides this one value."""
+_RESERVED = "<|reserved_"
+"""How the pieces that are kept for chat markers begin."""
 _PROBE = "a  b\t\n\u00c0\u2460\ufb01\U0001f642\r x  "
 
 
@@ -70,6 +72,8 @@ class Tokenizer(Protocol):
     spans_lines: bool
     """Whether an id may stand for text on both sides of a newline, so that text cut there may give other ids."""
     special_ids: frozenset[int]
+    reserved_ids: tuple[int, ...]
+    """Special ids without a meaning, which chat markers may take."""
     sha256: str
 
     def encode(self, text: str) -> list[int]:
@@ -120,7 +124,7 @@ class ByteTokenizer(_Base):
         self._first = 4 + reserve
         self._table = [b""] * self._first + [bytes([value]) for value in range(256)]
         self.vocab_size = len(self._table)
-        self.special_ids = frozenset(range(self._first))
+        self.special_ids, self.reserved_ids = frozenset(range(self._first)), tuple(range(4, self._first))
         self._definition = json.dumps({"kind": "bytes", "reserve": reserve, "version": 1}, sort_keys=True) + "\n"
         self.sha256 = hashlib.sha256(self._definition.encode()).hexdigest()
 
@@ -163,6 +167,7 @@ class SentencePieceTokenizer(_Base):
         pieces = [str(self._processor.id_to_piece(token)) for token in range(self.vocab_size)]
         silent = [self._processor.is_control(t) or self._processor.is_unknown(t) for t in range(self.vocab_size)]
         self.special_ids = frozenset(token for token, special in enumerate(silent) if special)
+        self.reserved_ids = tuple(t for t in sorted(self.special_ids) if pieces[t].startswith(_RESERVED))
         self._bytes_ids: dict[int, int] = {}
         self._table = []
         for token, piece in enumerate(pieces):
@@ -354,7 +359,7 @@ def train_sentencepiece(
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            control_symbols=[f"<|reserved_{number}|>" for number in range(reserve)],
+            control_symbols=[f"{_RESERVED}{number}|>" for number in range(reserve)],
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
