@@ -88,7 +88,7 @@ def total(model: Megalodon, batches: list[Any]) -> tuple[float, dict[str, torch.
 
 
 def assert_packed_is_separate(store: Store, model: Megalodon, seq_len: int, tolerance: float) -> None:
-    """Loss and every gradient, relative to the largest value of each."""
+    """Loss and every gradient, each relative to its own norm."""
     packing, lengths = packed(store, seq_len), store.lengths()
     assert packing.num_windows < len(lengths), "nothing shares a window: the test would prove nothing"
     together = [read_windows(store, packing, range(packing.num_windows), "doc")]
@@ -101,13 +101,13 @@ def assert_packed_is_separate(store: Store, model: Megalodon, seq_len: int, tole
     assert abs(loss - expected) <= tolerance * abs(expected)
     assert gradients.keys() == separate.keys() == dict(model.named_parameters()).keys()
     for name, gradient in gradients.items():
-        worst, largest = (gradient - separate[name]).abs().max(), separate[name].abs().max()
-        assert worst <= tolerance * largest, (name, float(worst), float(largest))
+        apart, norm = float((gradient - separate[name]).norm()), float(separate[name].norm())
+        assert apart <= tolerance * norm, (name, apart / norm)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_packed_is_separate(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
-    """In float32 a sum over other batches rounds at each addition: a few units of 2**-24 of the largest value."""
+    """In float32 a sum over other batches rounds at each addition: a few units of 2**-24, 6e-8."""
     store = examples(tmp_path / "store", tuple(n for n in LENGTHS if n > 1))
     assert_packed_is_separate(store, tiny_model(dtype), SEQ_LEN, tolerance)
 
