@@ -168,7 +168,7 @@ class PackedLoader:
         }
 
     def check(self, state: Mapping[str, Any]) -> tuple[int, list[list[int]]]:
-        """Return (samples consumed, skipped ranges) of a run that is to go on. Raises: DataError; see `Loader.check`."""
+        """Return (samples consumed, skipped ranges) of a run that is to go on, as `Loader.check`. Raises: DataError."""
         return checked_state(self.state, state)
 
     def ledger_lines(self) -> list[str]:

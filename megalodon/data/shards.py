@@ -550,7 +550,9 @@ def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any
     if not 0 <= entry["max_id"] < manifest["vocab_size"]:
         raise bad(binary, "max_id", f"{entry['max_id']:,}", f"below vocab_size {manifest['vocab_size']:,}")
     if mask_name and entry["files"][2]["bytes"] != entry["tokens"]:
-        raise bad(mask_name[0], "the size", f"{entry['files'][2]['bytes']:,} bytes", f"{entry['tokens']:,}, one a token")
+        raise bad(
+            mask_name[0], "the size", f"{entry['files'][2]['bytes']:,} bytes", f"{entry['tokens']:,}, one a token"
+        )
 
     def opened(name: str, kind: np.dtype[Any]) -> Any:
         if reader == "pread":

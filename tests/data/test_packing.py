@@ -1,7 +1,6 @@
 """Packing: which examples share a window, and that it changes nothing but the speed."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,15 +8,13 @@ import torch
 from factories import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import SEQ_LEN, VOCAB, assert_packed_is_separate, packed, total
 
 from megalodon.data.loader import IGNORED
 from megalodon.data.packing import PackedLoader, Packing, first_fit, packed_validation, read_windows, trained_labels
 from megalodon.data.shards import Store, TokenDocument, open_store, write_store
 from megalodon.errors import CheckFailed, DataError
-from megalodon.model.loss import loss_sums
-from megalodon.model.megalodon import Megalodon
 
-SEQ_LEN, VOCAB = 41, 47
 LENGTHS = (7, 41, 23, 2, 11, 30, 5, 40, 1, 19, 13)
 
 
@@ -32,11 +29,6 @@ def examples(directory: Path, lengths: tuple[int, ...] = LENGTHS, masked: bool =
         return TokenDocument("chats", ids, length, mask if masked else None)
 
     return write_store(directory, map(document, lengths), VOCAB)
-
-
-def packed(store: Store, seq_len: int = SEQ_LEN) -> Packing:
-    lengths = store.lengths()
-    return Packing(first_fit(lengths, seq_len), lengths, seq_len)
 
 
 @given(st.lists(st.integers(1, 64), max_size=200))
@@ -74,37 +66,6 @@ def test_every_token_stands_in_exactly_one_window(tmp_path: Path) -> None:
     assert not read_windows(store, packing, [0], "none").starts.any()
 
 
-def total(model: Megalodon, batches: list[Any]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss over all targets, and every gradient."""
-    count = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
-    model.zero_grad(set_to_none=True)
-    loss = 0.0
-    for tokens, targets, starts in batches:
-        hidden, _ = model.hidden(torch.from_numpy(tokens), starts=torch.from_numpy(starts))
-        sums = loss_sums(hidden, model.output_weight, torch.from_numpy(targets), num_classes=47)
-        (sums.objective / count).backward()
-        loss += float(sums.loss)
-    return loss / count, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_packed_is_separate(store: Store, model: Megalodon, seq_len: int, tolerance: float) -> None:
-    """Loss and every gradient, each relative to its own norm."""
-    packing, lengths = packed(store, seq_len), store.lengths()
-    assert packing.num_windows < len(lengths), "nothing shares a window: the test would prove nothing"
-    together = [read_windows(store, packing, range(packing.num_windows), "doc")]
-    alone = [
-        read_windows(store, Packing(np.arange(len(lengths)), lengths, seq_len), [number], "doc")
-        for number in range(len(lengths))
-    ]
-    alone = [type(b)(*(part[:, :length] for part in b)) for b, length in zip(alone, lengths.tolist(), strict=True)]
-    (loss, gradients), (expected, separate) = total(model, together), total(model, alone)
-    assert abs(loss - expected) <= tolerance * abs(expected)
-    assert gradients.keys() == separate.keys() == dict(model.named_parameters()).keys()
-    for name, gradient in gradients.items():
-        apart, norm = float((gradient - separate[name]).norm()), float(separate[name].norm())
-        assert apart <= tolerance * norm, (name, apart / norm)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_packed_is_separate(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     """In float32 a sum over other batches rounds at each addition: a few units of 2**-24, 6e-8."""
@@ -138,7 +99,7 @@ def test_a_run_goes_on_with_its_own_packing_alone(tmp_path: Path) -> None:
     loader = PackedLoader(store, packed(store), "doc", seed=5)
     assert loader.check(loader.state(8)) == (8, [])
     single = PackedLoader(store, Packing(np.arange(len(LENGTHS)), store.lengths(), SEQ_LEN), "doc", seed=5)
-    with pytest.raises(DataError, match="packing was '.*' and is now"):
+    with pytest.raises(DataError, match=r"packing was '.*' and is now"):
         single.check(loader.state(8))
     with pytest.raises(DataError, match="seq_len was 41 and is now 43"):
         PackedLoader(store, packed(store, 43), "doc", seed=5).check(loader.state(8))
