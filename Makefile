@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BENCH_VENV ?= $(VENV)-bench
 PROMPT = def read_file(path):
 
-.PHONY: quickstart test test-all lint fix faults bench gpu-check install
+.PHONY: quickstart tutorial test test-all lint fix faults bench gpu-check install
 
 quickstart: install  ## train the smallest real model here, show its curve, let it write
 	"$(BIN)/megalodon" pretrain quickstart
@@ -17,6 +17,9 @@ quickstart: install  ## train the smallest real model here, show its curve, let 
 	  'megalodon recipes cp quickstart mine.yaml' \
 	  'megalodon pretrain ./mine.yaml train.max_steps=300' \
 	  'megalodon doctor'
+
+tutorial: install  ## every command of docs/tutorial.md in a fresh folder; TUTORIAL="--folder /tmp/x" keeps it
+	"$(BIN)/python" benchmarks/tutorial.py $(TUTORIAL)
 
 test: install  ## all tests, except those marked slow
 	"$(BIN)/python" -m pytest -q -m "not slow"

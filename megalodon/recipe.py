@@ -257,8 +257,8 @@ class FinetuneData(Config):
 
     sources: tuple[FinetuneSource, ...]
     """Where the examples come from."""
-    fields: dict[str, str] = Field(default_factory=dict)
-    """Your column names, such as {prompt: question, completion: answer}; dots go inside."""
+    fields: dict[str, str | dict[str, str]] = Field(default_factory=dict)
+    """Your column names, such as {prompt: question, completion: answer}; dots go inside; roles: {bot: assistant}."""
     chat_template: str = "inherit"
     """inherit | plain | chatml | FILE.jinja."""
     train_on: Literal["assistant", "last", "all"] = "assistant"

@@ -182,7 +182,8 @@ class _Reader(NamedTuple):
 
 def check_turns(messages: Iterable[Message], place: str) -> None:
     """Raises: DataError unless a system turn comes first if at all, then user and assistant in turn, none empty."""
-    expected, number = ("system", "user"), 0
+    expected: tuple[str, ...] = ("system", "user")
+    number = 0
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role not in expected:
@@ -208,8 +209,8 @@ def _alpaca(given: _Reader) -> Example:
     system, more = given.text("system", "").strip(), given.text("input", "").strip()
     first: list[Message] = [{"role": "system", "content": system}] if system else []
     asked = given.text("instruction") + (f"\n\n{more}" if more else "")
-    turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": given.text("output")})
-    return given.conversation([*first, *turns], "alpaca")
+    first += [{"role": "user", "content": asked}, {"role": "assistant", "content": given.text("output")}]
+    return given.conversation(first, "alpaca")
 
 
 def _prompt_completion(given: _Reader) -> Example:

@@ -5,6 +5,7 @@ float64 on the CPU with a generator of its own, so that a seed gives the same te
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +54,10 @@ class SamplingConfig:
         return torch.Generator().manual_seed(self.seed)
 
 
-def allowed_ids(tokenizer: Tokenizer, num_outputs: int) -> Tensor:
+def allowed_ids(tokenizer: Tokenizer, num_outputs: int, ends: Collection[int] = ()) -> Tensor:
     """Which ids may be written: (num_outputs,) bool; not the rows that pad the vocabulary, no special id but EOS.
 
+    `ends` may be written too, whatever they are: the ids that end an answer of a chat.
     Raises: InputError if the tokenizer has more ids than the model has outputs.
     """
     if tokenizer.vocab_size > num_outputs:
@@ -65,6 +67,7 @@ def allowed_ids(tokenizer: Tokenizer, num_outputs: int) -> Tensor:
         )
     allowed = torch.arange(num_outputs) < tokenizer.vocab_size
     allowed[sorted(tokenizer.special_ids - {tokenizer.eos_id})] = False
+    allowed[sorted(ends)] = True
     return allowed
 
 

@@ -3,25 +3,29 @@
     session = Session(model)
     session.feed(ids)                         # any length, in pieces; only the last logits exist
     other = session.branch()                  # both continue from here, independently
+    place = session.snapshot()                # later: session.rewind(place), by reading less than a chunk
     for token in generate(session, [], 64, SamplingConfig(temperature=0)): ...
-    model, tokenizer, bos = load_writer(path)
+    model, tokenizer, bos, chat = load_writer(path)
 
-Not here: how a token is chosen (sampling.py), whole characters (stream.py), saving a session.
+Not here: how a token is chosen (sampling.py), whole characters (stream.py), a session's file (session_file.py), many texts
+at once (batch.py).
 """
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from megalodon.checkpoint.tensors import load_model, read_model_info
+from megalodon.data.chat import ChatFormat
 from megalodon.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon.errors import CheckpointError, InputError
+from megalodon.inference.norm_window import KEPT, NormStats, check_norm_stats, is_due, refreshed
 from megalodon.inference.sampling import SamplingConfig, allowed_ids, sample
 from megalodon.inference.stream import TokenStream
 from megalodon.model.decoder import Decoder
@@ -33,44 +37,78 @@ PIECE = 1024
 faster and leave the heap less even: at 4096, resident memory still grew by 15 % after the first 20,000 tokens."""
 
 
-BROKEN_OFF = "session: a step was broken off half way and took the state with it; continue from a branch"
+class Past(NamedTuple):
+    """What a session had read where its open chunk began; all that continue from there share it."""
+
+    state: State
+    """At the last chunk boundary; or where a session began that was given a state inside a chunk."""
+    position: int
+    """Tokens read until then."""
+    recent: tuple[tuple[int, ...], ...]
+    """Under `window` the ids of the last 8 chunks before it, else nothing."""
+
+
+class Snapshot(NamedTuple):
+    """A place to come back to: less than a chunk of ids, and a past that it shares."""
+
+    past: Past
+    tail: tuple[int, ...]
+    """Ids read since."""
+    logits: Tensor | None
+    """Of the next token: (V,); None before any token."""
+
+    @property
+    def position(self) -> int:
+        """Tokens read."""
+        return self.past.position + len(self.tail)
 
 
 class Session:
     """A model and what it has read so far; one sequence.
 
+    At a chunk boundary keys and values are empty and all memory is a small state. A session keeps that of the last
+    boundary and the ids since, so it goes back to any earlier place (`rewind`) by reading less than a chunk again.
+
     Args:
         model: stays as it is; dropout is off while the session runs it.
         state: of one row, to continue from; None means nothing was read yet.
         piece: tokens of one forward pass, at least 1.
+        norm_stats: `cumulative`, or `window` (norm_window.py).
     """
 
-    def __init__(self, model: Megalodon, state: State | None = None, piece: int = PIECE) -> None:
+    def __init__(
+        self, model: Megalodon, state: State | None = None, piece: int = PIECE, norm_stats: NormStats = "cumulative"
+    ) -> None:
         if state is not None and len(state.position) != 1:
             raise InputError(f"session: the state has {len(state.position)} rows; expected 1")
         if piece < 1:
             raise InputError(f"session: piece is {piece}; expected at least 1 token")
         self.model = model
         self.piece = piece
-        self._state: State | None = model.empty_state(1) if state is None else state  # None while the decoder has it
+        self.norm_stats = check_norm_stats(norm_stats)
+        begin = model.empty_state(1) if state is None else state
+        if self.norm_stats == "window" and int(begin.position):
+            raise InputError("session: under norm_stats window a state needs the ids before it; rewind to a snapshot")
+        self._past, self._tail = Past(begin, int(begin.position), ()), list[int]()
+        self._state: State | None = begin  # None: the decoder has it, or the open chunk is to be read again
         self._decoder: Decoder | None = None  # at this place only while `_decoding`; else kept for what it has formed
         self._decoding = False
-        self._read = int(self.state.position)
         self._logits: Tensor | None = None
 
     @property
     def state(self) -> State:
-        """What was read so far, as a value. Raises: InputError if a step was broken off half way."""
+        """What was read so far, as a value; after `rewind` it is formed here, from less than a chunk."""
         if self._state is None:
-            if self._decoder is None:
-                raise InputError(BROKEN_OFF)
-            self._state = self._decoder.state()
-        return self._state
+            if self._decoding and self._decoder is not None:
+                self._state = self._decoder.state()
+            else:
+                self._read_again()
+        return cast(State, self._state)
 
     @property
     def position(self) -> int:
         """Tokens read so far."""
-        return self._read
+        return self._past.position + len(self._tail)
 
     @property
     def logits(self) -> Tensor:
@@ -88,55 +126,140 @@ class Session:
             InputError: zero tokens.
             ValueError: an id is outside the vocabulary.
         """
-        rest = iter(ids)
-        state, hidden, read = self.state, None, self._read
+        rest, hidden = iter(ids), None
+        course = _Course(self.model, self._window_piece, self.state, self._past, list(self._tail))
         with torch.inference_mode(), evaluating(self.model):
-            # Pieces end at multiples of `piece`, so that chunks stay whole wherever reading began.
-            while piece := list(islice(rest, self.piece - read % self.piece)):
+            while piece := list(islice(rest, self._room(course.position))):
                 self._check(piece)
-                tokens = torch.tensor(piece, device=self.model.device)[None]
-                hidden, state = self.model.hidden(tokens, state)
-                read += len(piece)
+                hidden = course.read(piece)
             if hidden is None:
                 raise InputError("session: zero tokens to read; expected at least 1 (with BOS that is one)")
             logits = linear(hidden[0, -1], self.model.output_weight)
             self._logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        self._state, self._read, self._decoding = state, read, False
+        self._past, self._tail, self._state, self._decoding = course.past, course.tail, course.state, False
         return self._logits
 
     def step(self, token: int) -> Tensor:
         """Read one token and return the logits after it: (V,).
 
-        The same as feeding it, by a decoder that keeps its state in place: the way to read tokens one by one.
+        The same as feeding it, by a decoder that keeps its state in place: the way to read tokens one by one. Broken
+        off half way, by Ctrl-C or for want of memory, the token counts as not read.
 
         Raises:
             ValueError: the id is outside the vocabulary.
-            InputError: an earlier step was broken off half way, by Ctrl-C or for want of memory.
         """
         self._check((token,))
-        if not self._decoding:
-            self._decoder = Decoder(self.model, self.state) if self._decoder is None else self._decoder.at(self.state)
-            self._decoding = True
-        decoder = self._decoder
-        # Ours again once the step is whole: broken off in the middle, some layers have moved and some have not.
-        self._decoder = self._state = None
-        if decoder is None:
-            raise InputError(BROKEN_OFF)
-        self._logits = decoder.step(torch.tensor([token], device=self.model.device))[0]
-        self._decoder, self._read = decoder, self._read + 1
-        return self._logits
+        decoder, C = self._decoder, self.model.config.chunk_size
+        due = self.norm_stats == "window" and is_due(self.position, C)
+        if decoder is None or not self._decoding or due:
+            state = self.state
+            if due:
+                with evaluating(self.model):
+                    state = refreshed(self.model, state, self._past.recent, self.piece)
+            self._decoder = decoder = Decoder(self.model, state) if decoder is None else decoder.at(state)
+        # In the middle of a step some layers have moved and some have not: until it is whole, the open chunk stands for
+        # the state.
+        self._decoding, self._state = False, None
+        logits = decoder.step(torch.tensor([token], device=self.model.device))[0]
+        self._logits = logits
+        self._tail.append(token)
+        self._decoding = True
+        if self.position % C == 0:
+            self._past, self._tail = _closed(self._past, self._tail, self.state, self._window_piece), []
+        return logits
 
     def branch(self) -> "Session":
         """A second session that continues from the same place; neither moves the other."""
-        twin = Session(self.model, self.state, self.piece)
-        twin._logits, twin._decoder = self._logits, self._decoder
+        twin = Session(self.model, None, self.piece, self.norm_stats)
+        twin._decoder = self._decoder
+        twin.rewind(self.snapshot(), self.state)
         return twin
+
+    def snapshot(self) -> Snapshot:
+        """This place, to come back to by `rewind`; it takes less than a chunk of ids."""
+        return Snapshot(self._past, tuple(self._tail), self._logits)
+
+    def rewind(self, snapshot: Snapshot, state: State | None = None) -> None:
+        """Go to the place of a snapshot of this session or of another one of the same model and norm policy.
+
+        The open chunk is read again when its state is next needed: less than a chunk, however much was read before.
+
+        Args:
+            state: at that place, if it is at hand: then nothing is read again.
+        """
+        self._past, self._tail, self._logits = snapshot.past, list(snapshot.tail), snapshot.logits
+        self._state, self._decoding = snapshot.past.state if state is None and not snapshot.tail else state, False
+
+    @property
+    def _window_piece(self) -> int | None:
+        """Tokens of a pass that renews the statistics; None under `cumulative`."""
+        return self.piece if self.norm_stats == "window" else None
+
+    def _read_again(self) -> None:
+        course = _Course(self.model, self._window_piece, self._past.state, self._past, [])
+        with torch.inference_mode(), evaluating(self.model):
+            for start in range(0, len(self._tail), self.piece):
+                course.read(self._tail[start : start + self.piece])
+        self._state = course.state
+
+    def _room(self, position: int) -> int:
+        """Tokens of the next pass: to the end of a piece, all of which lie on a grid that meets the chunks'.
+
+        So wherever reading began, chunks stay whole, and a pass longer than a chunk ends where one does.
+        """
+        C, piece = self.model.config.chunk_size, self.piece
+        if piece < C:
+            inside = position % C
+            return min(piece - inside % piece, C - inside)
+        span = piece // C * C
+        return span - position % span
 
     def _check(self, ids: Iterable[int]) -> None:
         vocab_size = self.model.config.vocab_size
         bad = next((token for token in ids if not 0 <= token < vocab_size), None)
         if bad is not None:
             raise ValueError(f"session: token id {bad} is outside the vocabulary 0 … {vocab_size - 1}")
+
+
+class _Course:
+    """Reading on from a place by forward passes: the state, the last boundary and the ids since move along."""
+
+    def __init__(self, model: Megalodon, window: int | None, state: State, past: Past, tail: list[int]) -> None:
+        self.model, self.window, self.state, self.past, self.tail = model, window, state, past, tail
+
+    @property
+    def position(self) -> int:
+        return self.past.position + len(self.tail)
+
+    def read(self, ids: list[int]) -> Tensor:
+        """Read ids that all fit; returns the hidden values (1, L, D) of the last pass.
+
+        One pass, or several where its state is wanted at a boundary inside.
+        """
+        C, start = self.model.config.chunk_size, 0
+        while start < len(ids):
+            end = start + self._reach(len(ids) - start)
+            if self.window and is_due(self.position, C):
+                self.state = refreshed(self.model, self.state, self.past.recent, self.window)
+            tokens = torch.tensor(ids[start:end], device=self.model.device)[None]
+            hidden, self.state = self.model.hidden(tokens, self.state)
+            self.tail += ids[start:end]
+            start = end
+            if self.position % C == 0:
+                self.past, self.tail = _closed(self.past, self.tail, self.state, self.window), []
+        return hidden
+
+    def _reach(self, length: int) -> int:
+        """How many of so many tokens one pass takes: up to the last boundary in them; under `window` to the first."""
+        C, position = self.model.config.chunk_size, self.position
+        last = C - position % C if self.window else (position + length) // C * C - position
+        return last if 0 < last < length else length
+
+
+def _closed(past: Past, chunks: list[int], state: State, window: int | None) -> Past:
+    """The past at a boundary; `chunks` are the ids since the one before."""
+    recent = (*past.recent, tuple(chunks))[-KEPT:] if window else ()
+    return Past(state, past.position + len(chunks), recent)
 
 
 @contextlib.contextmanager
@@ -158,6 +281,8 @@ class Writer(NamedTuple):
     tokenizer: Tokenizer
     bos: bool
     """Whether documents began with BOS in training, so that prompts do too."""
+    chat: ChatFormat | None = None
+    """How conversations are written, if the model was tuned for them."""
 
 
 def load_writer(directory: Path) -> Writer:
@@ -176,12 +301,15 @@ def load_writer(directory: Path) -> Writer:
             f"{directory}: the tokenizer is {tokenizer.sha256[:8]}, but the model was trained with {expected[:8]}; "
             "put the tokenizer files of the run back"
         )
-    if tokenizer.vocab_size > model.config.vocab_size:
+    bos = bool(info.get("bos", True))
+    chat = ChatFormat.load(directory, tokenizer, bos=bos)
+    rows = tokenizer.vocab_size + (chat.new_rows if chat else 0)
+    if rows > model.config.vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {model.config.vocab_size:,} rows; "
+            f"{directory}: the tokenizer has {rows:,} ids, the model {model.config.vocab_size:,} rows; "
             "put the tokenizer files of the run back"
         )
-    return Writer(model, tokenizer, bool(info.get("bos", True)))
+    return Writer(model, tokenizer, bos, chat)
 
 
 def generate(

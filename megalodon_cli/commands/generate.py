@@ -126,7 +126,7 @@ def _write(
     from megalodon.inference.session import Session, generate, prompt_tokens
     from megalodon.inference.stream import TokenStream
 
-    model, tokenizer, bos = writer
+    model, tokenizer, bos, _ = writer
     ids = prompt_tokens(tokenizer, prompt, bos=bos)
     allowed = allowed_ids(tokenizer, model.config.num_outputs)
     session, stream, pieces, moments = Session(model), TokenStream(tokenizer, stop), [], [time.perf_counter()]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from factories import tiny_config, tiny_model
+from factories import random_tokens, tiny_config, tiny_model
 from tolerances import LOGITS, assert_near
 
 from megalodon.checkpoint.tensors import save_model
@@ -13,6 +13,7 @@ from megalodon.data.tokenizer import ByteTokenizer
 from megalodon.errors import CheckpointError, DataError, InputError, NumericalError
 from megalodon.inference.sampling import SamplingConfig
 from megalodon.inference.session import Session, generate, generate_text, load_writer, prompt_tokens
+from megalodon.model.decoder import Decoder
 from megalodon.model.megalodon import Megalodon
 
 TOKENIZER = ByteTokenizer(reserve=2)
@@ -318,21 +319,26 @@ def test_a_step_of_a_wrong_id_leaves_the_session_where_it_was(model):
     assert torch.equal(session.logits, logits)
 
 
-def test_a_step_broken_off_half_way_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some layers have moved and some have not: the session says so, and a branch from before goes on."""
-    session = Session(tiny_model())
-    session.feed([1, 2, 3])
-    session.step(4)
-    branch = session.branch()
+def test_a_step_broken_off_half_way_counts_as_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some layers have moved and some have not: the session forms its state anew from the last boundary."""
+    model = tiny_model()
+    ids = random_tokens(1, 14)[0].tolist()  # chunks of 10
+    session, whole = Session(model), Session(model)
+    session.feed(ids[:11])
+    session.step(ids[11])
+    twin = session.branch()
+    whole.feed(ids[:12])
+    step = Decoder.step
 
-    def broken(*_: object) -> None:
+    def broken(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+        step(decoder, tokens)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(session._decoder, "step", broken)
-        session.step(5)
-    for use in (lambda: session.state, lambda: session.step(5), lambda: session.feed([5]), session.branch):
-        with pytest.raises(InputError, match="a step was broken off half way"):
-            use()
-    whole = Session(branch.model)
-    assert_near(branch.step(5), whole.feed([1, 2, 3, 4, 5]), LOGITS[torch.float32])
+    for broken_off in (session, twin):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Decoder, "step", broken)
+            broken_off.step(5)
+        assert broken_off.position == 12
+        assert_near(broken_off.logits, whole.logits, LOGITS[torch.float64])
+    assert_near(twin.feed(ids[12:13]), whole.feed(ids[12:13]), LOGITS[torch.float64])
+    assert_near(session.step(ids[12]), whole.logits, LOGITS[torch.float64])
