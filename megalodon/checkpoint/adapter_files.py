@@ -2,7 +2,7 @@
 
     adapter_config.json         as peft writes it
     adapter_model.safetensors   base_model.model.layers.0.mega.wz.lora_A.weight …
-    megalodon.json              format, base {path, weights_sha256}, tokenizer_sha256, scores; size and hash of every file
+    megalodon.json              format, base {path, weights_sha256}, tokenizer_sha256, scores; size and hash of files
     tokenizer files, chat_template.jinja, chat.json
 
 Only safetensors and JSON are read: an adapter_model.bin is refused, whatever peft would do with it.
@@ -84,7 +84,9 @@ def read_adapter_info(directory: Path) -> dict[str, Any]:
     if not is_adapter(directory):
         raise CheckpointError(f"{directory} is not an adapter directory: {CONFIG} is missing")
     if not (directory / WEIGHTS).is_file():
-        other = " (an adapter_model.bin is not read: it is a pickle)" if (directory / "adapter_model.bin").exists() else ""
+        other = (
+            " (an adapter_model.bin is not read: it is a pickle)" if (directory / "adapter_model.bin").exists() else ""
+        )
         raise CheckpointError(f"{directory / WEIGHTS} is missing{other}; expected an adapter in safetensors")
     if not (directory / ABOUT).is_file():
         raise CheckpointError(
@@ -157,12 +159,16 @@ def load_adapter(directory: Path, base: Path | None = None) -> Megalodon:
     place = base_of(directory, base)
     config = read_lora_config(directory)
     check_files(directory, info["files"])
-    model = load_model(place)
-    inject(model, config, seed=0)
     try:
         tensors = load_file(directory / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        if ".lora_A." in name and len(tensor) != config.r:
+            shape = tuple(tensor.shape)
+            raise CheckpointError(f"{directory}: {name} is {shape}, but {CONFIG} says r {config.r}")
+    model = load_model(place)
+    inject(model, config, seed=0)
     set_adapter_tensors(model, tensors, str(directory / WEIGHTS))
     return merged(model)
 

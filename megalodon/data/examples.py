@@ -125,6 +125,7 @@ def prepare_examples(
     *,
     bos: bool,
     parent: Path = Path("data"),
+    make: bool = True,
     report: Callable[[int], None] = lambda examples: None,
 ) -> PreparedExamples:
     """Build the store of a request below `parent`, or open the one that is there.
@@ -143,6 +144,8 @@ def prepare_examples(
     asked = _asked(request, files, valid_files, tokenizer, chat, bos)
     directory = parent / f"{request.name}-{hashlib.sha256(canonical(asked)).hexdigest()[:8]}"
     there = (directory / MANIFEST).exists()
+    if not there and not make:
+        raise DataError(f"{directory} holds no examples, and --no-prepare forbids to make them")
     if not there:
         with written_aside(directory) as aside:
             _Builder(request, tokenizer, chat, bos, aside, asked, report).build(files, valid_files)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megalodon.config import Config
 from megalodon.errors import CheckpointError, EnvironmentFault, InputError
-from megalodon.model.megalodon import Megalodon
+from megalodon.model.megalodon import Megalodon, ModelConfig
 
 TARGETS = ("wz", "wv", "wr", "wh1", "wh2", "fc1", "fc2", "fc3")
 """The matrices of a block that may get an adapter; fc3 only with SwiGLU. The output matrix never does."""
@@ -92,6 +92,18 @@ def inject(model: Megalodon, config: LoraConfig, seed: int) -> None:
         peft.inject_adapter_in_model(given, model, adapter_name=_ADAPTER)
 
 
+def num_adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Return how many parameters the adapters of a model have, without building it."""
+    with torch.device("meta"):
+        model = Megalodon(config)
+    wanted = TARGETS if lora.targets == "all-linear" else lora.targets
+    whole = 0
+    for name, module in model.layers.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted:
+            whole += lora.r * (module.in_features + module.out_features) + lora.dora * module.out_features
+    return whole
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether a model holds adapters."""
     return any(hasattr(module, "base_layer") for module in model.modules())
@@ -129,7 +141,7 @@ def merged(model: Megalodon) -> Megalodon:
 
 
 def adapter_tensors(model: Megalodon) -> dict[str, Tensor]:
-    """Return the adapters of a model under the names of a peft file: base_model.model.layers.0.mega.wz.lora_A.weight."""
+    """Return the adapters of a model under the names of a peft file: base_model.model.layers.0.mega.wz.lora_A.weight"""
     import peft
 
     found = peft.get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
@@ -159,7 +171,7 @@ def set_adapter_tensors(model: Megalodon, tensors: Mapping[str, Tensor], source:
 
 def peft_config(model: Megalodon) -> dict[str, Any]:
     """Return adapter_config.json of a model's adapters, as peft writes it."""
-    config: Any = model.peft_config[_ADAPTER]  # type: ignore[index, union-attr]  # peft leaves it there
+    config: Any = model.peft_config[_ADAPTER]  # type: ignore[index]  # peft leaves it there
     values: dict[str, Any] = config.to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
     return {**plain, "peft_type": "LORA", "inference_mode": True}

@@ -76,6 +76,8 @@ class Linear(nn.Linear):
     It is one of torch's so that adapters (adapters.py) know it.
     """
 
+    weight: nn.Parameter
+
     def __init__(self, in_dim: int, out_dim: int, bias: bool) -> None:
         super().__init__(in_dim, out_dim, bias)
 
