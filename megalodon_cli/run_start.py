@@ -124,6 +124,7 @@ def begin(job: Job, record: "RunRecord", unigram: float | None) -> None:
             "valid": job.prepared.valid.fingerprint,
             "tokenizer": job.prepared.tokenizer.sha256,
         },
+        **({"examples": str(job.prepared.train.path)} if job.tuning else {}),
         frozen=dict(job.frozen),
         allowed=[*record.values["allowed"], *([allowed] if allowed else [])],
         next=[shlex.join(["megalodon", job.config.kind, str(directory / "recipe.yaml"), "-o", str(directory)])],
