@@ -56,6 +56,7 @@ SCHEMA: Final = 1
 
 ONE_OF: OneOf = (
     ("train", ("max_tokens", "max_steps", "max_epochs")),
+    ("optim", ("lr", "lr_factor")),
     ("data.sources.*", ("path", "hf")),
     ("data.sources.*", ("hf", "builtin")),
     ("data.valid", ("fraction", "path")),
@@ -263,7 +264,7 @@ class FinetuneOptim(OptimConfig):
     """Optimizer and learning rate."""
 
     lr_factor: float | None = Field(None, gt=0)
-    """The peak rate as a part of the checkpoint's own peak; replaces lr."""
+    """The peak rate as a part of the checkpoint's own peak; the later of lr and lr_factor holds."""
 
 
 class FinetuneConfig(Config):

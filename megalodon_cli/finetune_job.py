@@ -137,9 +137,7 @@ def _optim(config: "FinetuneConfig", base: Base) -> "OptimConfig":
         return config.optim
     if base.lr is None:
         factor = f"optim.lr_factor is {config.optim.lr_factor:g}"
-        raise InputError(
-            f"{factor}, but {base.source} does not record its peak rate; give optim.lr and ~optim.lr_factor"
-        )
+        raise InputError(f"{factor}, but {base.source} does not record its peak rate; give optim.lr")
     return config.optim.model_copy(update={"lr": config.optim.lr_factor * base.lr})
 
 

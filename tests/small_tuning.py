@@ -42,4 +42,5 @@ def finetune(*arguments: str, method: str = "chat", recipe: str | None = None) -
     """Tune the base on the conversations."""
     given = ["--init-from", "base", "--data", "chats.jsonl"]
     own = ["model.lora.r=2"] if method == "lora" else []
+    own += [] if any(text.startswith("optim.lr") for text in arguments) else ["optim.lr=1e-2"]
     return CliRunner().invoke(app, ["finetune", recipe or f"finetune-{method}", *given, *SMALL, *own, *arguments])

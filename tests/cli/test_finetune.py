@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -47,10 +48,8 @@ def test_a_run_says_what_it_does_and_leaves_a_model_that_chats() -> None:
     assert "examples   read 40 = trained 31 + valid 9 + too long 0 (error) + nothing to train on 0" in said
     assert "takes    seq_len 120 (given), tokenizer bytes" in said and "template chatml (new to this model)" in said
     assert "examples messages 40; template chatml; the first one, trained where marked:" in said
-    assert (
-        "  | <bos><|im_start|>user\n  | What is 0?<|im_end|>\n  | <|im_start|>assistant\n  | [[It is 0<|im_end|>]]\n"
-        in said
-    )
+    shown = r"  \| <bos><\|im_start\|>user\n  \| What is \d+\?<\|im_end\|>\n  \| <\|im_start\|>assistant\n  \| "
+    assert re.search(shown + r"\[\[It is \d+!*<\|im_end\|>\]\]\n", said), said
     assert "labels     an epoch " in said and "sample at step 0: Who are you?|" in said
     assert "done: 6/6 steps, 2,880 tokens" in done.stdout
     writer = load_writer(Path("runs/finetune-chat/model"))
@@ -74,6 +73,8 @@ def test_what_the_base_has_is_inherited() -> None:
     assert done.exit_code == 0, done.output
     assert "seq_len 37 (inherited)" in done.stderr
     assert "peak lr 0.0015 = 0.5 x 0.003 of the base" in done.stderr
+    fixed = finetune("optim.lr=2e-3", "-o", "fixed", "--stop-at-step", "1")
+    assert "peak lr 0.002\n" in fixed.stderr, "what stands on the command line replaces the recipe's lr_factor"
     again = finetune("--init-from", "runs/first/model", "-o", "runs/second", "--stop-at-step", "1")
     assert again.exit_code == 2  # there is none yet
     assert finetune("-o", "runs/first").exit_code == 0
