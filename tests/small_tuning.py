@@ -14,7 +14,6 @@ SMALL += [
     "eval.samples.max_new_tokens=5",
     "checkpoint.every=2",
     "log.every=1",
-    "optim.lr=1e-2",
     "data.valid.fraction=0.2",
 ]
 
