@@ -43,7 +43,13 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
     if lora is not None:
         require_peft()
     require(config.log.to)
+    _check_prompts(config)
     base = read_base(str(config.model.init_from))
+    if lora is not None and base.directory is None:
+        raise InputError(
+            f"model.init_from {config.model.init_from}: {base.source} is a step of a run; adapters record the model "
+            "directory they belong to, expected one, or --method full"
+        )
     chat = _chat(config, base)
     seq_len, optim = _seq_len(config, base), _optim(config, base)
     parts = (config.train, optim, config.checkpoint, config.log, config.parallel)
@@ -108,6 +114,19 @@ def _refuse_warmup(resolved: "Resolved", config: "FinetuneConfig") -> None:
     text = "is not available in finetune, as it would cut examples; expected null"
     place = node.place if node else Place(config.name)
     raise InvalidRecipe([Problem(place, "train.seq_len_warmup", text)])
+
+
+def _check_prompts(config: "FinetuneConfig") -> None:
+    """Raises: DataError for a prompt of `eval.samples` whose turns are out of order, or that leaves no answer open."""
+    from megalodon.data.conversations import check_turns
+    from megalodon.evaluation.perplexity import ChatPromptConfig
+
+    for number, prompt in enumerate(config.eval.samples.prompts):
+        if isinstance(prompt, ChatPromptConfig):
+            place = f"eval.samples.prompts.{number}"
+            check_turns([{"role": turn.role, "content": turn.content} for turn in prompt.messages], place)
+            if prompt.messages[-1].role != "user":
+                raise InputError(f"{place}: ends with a turn of {prompt.messages[-1].role}; expected the user's")
 
 
 def _chat(config: "FinetuneConfig", base: Base) -> "ChatFormat":

@@ -2,13 +2,15 @@
 
     adapter_config.json         as peft writes it
     adapter_model.safetensors   base_model.model.layers.0.mega.wz.lora_A.weight …
-    megalodon.json              format, base {path, weights_sha256}, tokenizer_sha256, scores; size and hash of files
+    megalodon.json              format, base {path, weights_sha256}, tokenizer_sha256, scores; size and hash of files;
+                                weights_sha256 stands for base and adapter together
     tokenizer files, chat_template.jinja, chat.json
 
 Only safetensors and JSON are read: an adapter_model.bin is refused, whatever peft would do with it.
 Not here: adapters in a model (model/adapters.py).
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -74,7 +76,9 @@ def save_adapter(
             write_json(aside / CONFIG, {**peft_config(model), "base_model_name_or_path": str(base)})
             save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
             files = {path.name: describe_file(path) for path in sorted(aside.iterdir())}
-            write_json(aside / ABOUT, {"format": FORMAT, **meta, "base": own, "files": files})
+            both = f"{own['weights_sha256']}|{files[WEIGHTS]['sha256']}"
+            about = {"format": FORMAT, **meta, "weights_sha256": hashlib.sha256(both.encode()).hexdigest()}
+            write_json(aside / ABOUT, {**about, "base": own, "files": files})
     except (OSError, SafetensorError) as error:
         raise EnvironmentFault(f"{directory} could not be written: {error}") from error
 
@@ -187,6 +191,6 @@ def merge_adapter(adapter: Path, target: Path, base: Path | None = None) -> None
             if name not in own:
                 shutil.copyfile(adapter / name, aside / name)
 
-    kept = {key: value for key, value in info.items() if key not in ("format", "files", "base")}
+    kept = {key: value for key, value in info.items() if key not in ("format", "files", "base", "weights_sha256")}
     merged_from = {"base": info["base"]["weights_sha256"], "adapter": info["files"][WEIGHTS]["sha256"]}
     save_model(model, target, beside, {**kept, "merged_from": merged_from})

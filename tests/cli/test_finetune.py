@@ -36,7 +36,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _elsewhere(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(made / "base", "base")
+    for name in ("base", "data"):
+        shutil.copytree(made / name, name)
     write_chats()
     monkeypatch.setattr("megalodon.training.metrics.matmul_peak", lambda *_: 1e9)
 
@@ -241,8 +242,14 @@ REFUSED: dict[str, tuple[list[dict[str, Any]] | None, list[str], str]] = {
         [],
         'turn 2 has role "bot"; known: system, user, assistant; map it with data.fields.roles={bot: assistant}',
     ),
+    "adapters on a step": (None, ["--init-from", "base@2", "model.lora.r=2"], "is a step of a run; adapters record"),
+    "a prompt that is answered": (
+        None,
+        ["eval.samples.prompts=[{messages: [{role: user, content: a}, {role: assistant, content: b}]}]"],
+        "eval.samples.prompts.0: ends with a turn of assistant; expected the user's",
+    ),
     "no stored examples": (None, ["--no-prepare"], "--no-prepare forbids to make them"),
-    "a step of a tuning run": (None, ["--resume", "base"], "--resume"),
+    "no step": (None, ["--resume", "base"], "--resume base: expected auto, never, or a step directory"),
 }
 
 
@@ -272,6 +279,13 @@ def test_texts_are_tuned_on_too() -> None:
     done = finetune("data.over_length=split", "--stop-at-step", "1")
     assert done.exit_code == 0, done.output
     assert "examples text 20" in done.stderr and "+ split " in done.stderr
+
+
+def test_a_step_of_pretraining_may_be_tuned_but_no_step_of_tuning() -> None:
+    done = finetune("--init-from", "base@2", "--stop-at-step", "2")
+    assert done.exit_code == 0 and "base     base/checkpoints/step-00000002, weights" in done.stderr, done.output
+    again = finetune("--init-from", "finetune-chat@2", "-o", "x")
+    assert again.exit_code == 2 and "a step of a finetuning run; expected its finished model" in again.stderr
 
 
 def test_a_recipe_of_pretraining_is_refused() -> None:
