@@ -1,4 +1,4 @@
-"""Measure session files and reading: size, time to save and restore, memory over a million tokens; print them as Markdown.
+"""Measure session files and reading, and print it as Markdown: size, time to save and restore, memory while reading.
 
     python benchmarks/sessions.py
     python benchmarks/sessions.py --tokens 100000 --repeats 5
@@ -56,8 +56,8 @@ def main() -> None:
         lines = [
             f"`python benchmarks/sessions.py --tokens {given.tokens} --repeats {given.repeats} "
             f"--threads {given.threads}` on {platform.machine()} {platform.system()}, Python "
-            f"{platform.python_version()}, torch {torch.__version__}: {MODEL.num_parameters():,} parameters, 6 layers of "
-            "width 256, chunks of 512.",
+            f"{platform.python_version()}, torch {torch.__version__}: {MODEL.num_parameters():,} parameters, 6 layers "
+            "of width 256, chunks of 512.",
             "",
             *files(writer, Path(folder), given.repeats),
             "",
