@@ -114,17 +114,24 @@ class ChatFormat:
         tokenizer: its reserved ids become the markers, in the order in which they stand in the template; markers that
                    find none take ids above its vocabulary, rows that the model must then have.
         bos:       whether a conversation begins with BOS, as documents did in training.
-        markers:   the ids that an earlier model of this template gave them; None assigns them.
+        markers:   the ids that a saved model of this template gave them; None assigns them.
+        learnt:    markers that the model knows from another template: they keep their ids, no other marker takes one.
     Raises:
         DataError: the template cannot be used; the message says why.
     """
 
     def __init__(
-        self, template: ChatTemplate, tokenizer: Tokenizer, *, bos: bool, markers: Mapping[str, int] | None = None
+        self,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        *,
+        bos: bool,
+        markers: Mapping[str, int] | None = None,
+        learnt: Mapping[str, int] | None = None,
     ) -> None:
         self.template, self.tokenizer, self.bos = template, tokenizer, bos
         names = _markers(template.source)
-        self.markers = dict(_assigned(names, tokenizer) if markers is None else markers)
+        self.markers = dict(_assigned(names, tokenizer, learnt or {}) if markers is None else markers)
         if missing := [name for name in names if name not in self.markers]:
             raise DataError(f"chat template {template.name}: no id for {', '.join(missing)}; tune the model again")
         self.new_rows = max((token + 1 for token in self.markers.values()), default=0) - tokenizer.vocab_size
@@ -132,7 +139,7 @@ class ChatFormat:
         self._known = {**self.markers, _BOS: tokenizer.bos_id, _EOS: tokenizer.eos_id}
         self._cut = re.compile("|".join(map(re.escape, sorted(self._known, key=len, reverse=True))))
         self._renderer = self._checked(lambda: Renderer(template.source, trusted=template.source in BUILT_IN.values()))
-        self._marked = bool(re.search(r"{%-?\s*generation\s*-?%}", template.source))
+        self._marked = bool(re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template.source))
         self.stop_ids = self._stop_ids()
 
     def encode(self, messages: Sequence[Message], *, answer: bool = False, trained: TrainOn = "assistant") -> Encoded:
@@ -306,9 +313,10 @@ def _markers(source: str) -> list[str]:
     return list(dict.fromkeys(_MARKER.findall(source)))
 
 
-def _assigned(names: Sequence[str], tokenizer: Tokenizer) -> dict[str, int]:
-    free = [*tokenizer.reserved_ids, *range(tokenizer.vocab_size, tokenizer.vocab_size + len(names))]
-    return dict(zip(names, free, strict=False))
+def _assigned(names: Sequence[str], tokenizer: Tokenizer, learnt: Mapping[str, int]) -> dict[str, int]:
+    new = range(tokenizer.vocab_size, tokenizer.vocab_size + len(names) + len(learnt))
+    free = (token for token in (*tokenizer.reserved_ids, *new) if token not in learnt.values())
+    return {name: learnt[name] if name in learnt else next(free) for name in names}
 
 
 def _last_answer(pieces: Sequence[_Piece]) -> int:

@@ -211,3 +211,22 @@ def test_files_that_are_no_template(tmp_path: Path) -> None:
 def test_half_a_surrogate_is_refused() -> None:
     with pytest.raises(DataError, match="surrogate"):
         chat().encode([{"role": "user", "content": "\ud800"}])
+
+
+def test_markers_of_another_template_keep_the_ids_the_model_has_learnt() -> None:
+    tokenizer = ByteTokenizer(reserve=3)
+    learnt = chat("chatml", tokenizer).markers
+    source = "{# first <|im_end|>, then <|tool|> #}" + BUILT_IN["chatml"]
+    other = ChatFormat(ChatTemplate("mine", source), tokenizer, bos=True, learnt=learnt)
+    assert other.markers == {"<|im_end|>": 5, "<|tool|>": 6, "<|im_start|>": 4}
+    assert other.encode(TURNS) == chat("chatml", tokenizer).encode(TURNS)
+    few = ByteTokenizer(reserve=1)
+    more = ChatFormat(ChatTemplate("mine", source), few, bos=True, learnt=chat("chatml", few).markers)
+    assert more.markers == {"<|im_end|>": few.vocab_size, "<|tool|>": few.vocab_size + 1, "<|im_start|>": 4}
+    assert more.new_rows == 2
+
+
+@pytest.mark.parametrize("tag", ["{%+ generation %}", "{%- generation +%}"])
+def test_a_mark_is_seen_however_it_treats_white_space(tag: str) -> None:
+    format = chat(BUILT_IN["chatml"].replace("{% generation %}", tag))
+    assert format.encode(TURNS) == chat().encode(TURNS)
