@@ -93,7 +93,7 @@ class ExamplesLedger(NamedTuple):
     def lines(self) -> list[str]:
         """Return the ledger as the command prints it."""
         split = f" + split {self.pieces:,}" if self.pieces else ""
-        cut = f"    {self.shortened:,} of those kept were shortened ({self.policy})" if self.shortened else ""
+        cut = f"    {self.shortened:,} were shortened ({self.policy})" if self.shortened else ""
         return [
             f"examples   read {self.read:,}{split} = trained {self.train:,} + valid {self.valid:,} "
             f"+ too long {self.too_long:,} ({self.policy}) + nothing to train on {self.nothing:,}{cut}",
@@ -147,8 +147,12 @@ def prepare_examples(
     if not there and not make:
         raise DataError(f"{directory} holds no examples, and --no-prepare forbids to make them")
     if not there:
-        with written_aside(directory) as aside:
-            _Builder(request, tokenizer, chat, bos, aside, asked, report).build(files, valid_files)
+        try:
+            with written_aside(directory) as aside:
+                _Builder(request, tokenizer, chat, bos, aside, asked, report).build(files, valid_files)
+        except DataError:
+            if not (directory / MANIFEST).exists():  # else another run of the same request was faster
+                raise
     return _opened(directory, tokenizer, there)
 
 

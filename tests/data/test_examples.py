@@ -1,6 +1,7 @@
 """From files of examples to a packed store: what is trained on, what is left out, what is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def prepared(tmp_path: Path, rows: list[dict[str, Any]] | None = None, **changes: Any) -> PreparedExamples:
+def prepared(
+    tmp_path: Path,
+    rows: list[dict[str, Any]] | None = None,
+    report: Callable[[int], None] = lambda examples: None,
+    **changes: Any,
+) -> PreparedExamples:
     path = write(tmp_path / "chats.jsonl", [chat(n, n % 7) for n in range(60)] if rows is None else rows)
     asked = {
         "name": "toy",
@@ -44,7 +50,8 @@ def prepared(tmp_path: Path, rows: list[dict[str, Any]] | None = None, **changes
         "over_length": "error",
         "packing": "first-fit",
     }
-    return prepare_examples(Request(**(asked | changes)), TOKENIZER, CHAT, bos=True, parent=tmp_path / "data")
+    request = Request(**(asked | changes))
+    return prepare_examples(request, TOKENIZER, CHAT, bos=True, parent=tmp_path / "data", report=report)
 
 
 def test_only_the_answers_and_what_ends_them_are_trained_on(tmp_path: Path) -> None:
@@ -68,6 +75,19 @@ def test_the_same_request_finds_its_store_again_and_another_makes_another(tmp_pa
     assert (others[1].train_packing.examples(5) == [5]).all()
     write(tmp_path / "more.jsonl", [chat(1)])
     assert prepared(tmp_path, valid_path=tmp_path / "more.jsonl").ledger.valid == 1
+
+
+def test_a_store_that_another_run_made_meanwhile_is_opened(tmp_path: Path) -> None:
+    rows = [chat(n) for n in range(1000)]
+    other = prepared(tmp_path, rows).train.path
+    other.rename(tmp_path / "elsewhere")
+
+    def meanwhile(_: int) -> None:
+        (tmp_path / "elsewhere").rename(other)
+
+    found = prepared(tmp_path, rows, report=meanwhile)
+    assert found.train.path == other and found.ledger.read == 1000
+    assert [path.name for path in other.parent.iterdir()] == [other.name]
 
 
 def test_the_store_of_a_plan_that_was_changed_is_refused(tmp_path: Path) -> None:
