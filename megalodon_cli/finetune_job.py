@@ -139,7 +139,7 @@ def _chat(config: "FinetuneConfig", base: Base) -> "ChatFormat":
     template = default_template(base.tokenizer) if given == "inherit" else load_template(given)
     if base.chat is not None and base.chat.template.sha256 == template.sha256:
         return base.chat
-    return ChatFormat(template, base.tokenizer, bos=base.bos)
+    return ChatFormat(template, base.tokenizer, bos=base.bos, learnt=base.chat.markers if base.chat else None)
 
 
 def _seq_len(config: "FinetuneConfig", base: Base) -> int:
@@ -169,9 +169,12 @@ def _rows(base: Base, chat: "ChatFormat", adapted: bool) -> "tuple[ModelConfig, 
 
     known = base.tokenizer.vocab_size + (base.chat.new_rows if base.chat else 0)
     wanted, have = base.tokenizer.vocab_size + chat.new_rows, base.config.vocab_size
-    if wanted <= known or (adapted and wanted <= have):
+    if wanted <= known:
         return base.config, base.tensors, []
     names = ", ".join(name for name, token in chat.markers.items() if token >= known)
+    if adapted and wanted <= have:
+        note = f"no ids are reserved for {names}: padding rows are taken, and adapters leave them as they are"
+        return base.config, base.tensors, [note]
     if adapted:
         raise InputError(
             f"{base.source}: template {chat.template.name} needs {wanted - have} rows more than the model has, for "

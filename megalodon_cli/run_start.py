@@ -7,10 +7,11 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megalodon.errors import CheckpointError
 from megalodon_cli import checkpoints, console
 from megalodon_cli.job import Asked, Job
 
@@ -38,6 +39,7 @@ def finished(directory: Path, config: "RunConfig | FinetuneConfig", asked: Asked
     if step:  # first, as it may also have named the directory
         start_at(step, directory)
     check_directory(directory, fresh=asked.resume == "never")
+    _check_kind([directory, *([step.parent.parent] if step else [])], config.kind)
     if step:
         open_record(step.parent.parent, frozen, asked.allow)
     record = open_record(directory, frozen, asked.allow)
@@ -46,6 +48,16 @@ def finished(directory: Path, config: "RunConfig | FinetuneConfig", asked: Asked
     console.result(f"{directory} is finished: {record.values['step']:,} steps")
     console.result(f"  next: {' · '.join(next_commands(directory))}")
     return True
+
+
+def _check_kind(runs: Sequence[Path], kind: str) -> None:
+    """Raises: CheckpointError for a run of another kind: nearly every frozen value of it would differ."""
+    from megalodon.checkpoint.store import read_json
+
+    for run in runs:
+        there = read_json(run / "run.json").get("kind", kind) if (run / "run.json").exists() else kind
+        if there != kind:
+            raise CheckpointError(f"{run} holds a run of {there}, this is a {kind}; choose another -o")
 
 
 def next_commands(directory: Path) -> list[str]:

@@ -14,6 +14,7 @@ from small_runs import files, metrics, record
 from small_tuning import base, chat, finetune, write_chats
 from typer.testing import CliRunner
 
+from megalodon.data.chat import BUILT_IN
 from megalodon.inference.session import load_writer
 from megalodon_cli.app import app
 
@@ -213,10 +214,16 @@ def test_rows_are_added_where_no_ids_are_reserved(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     told = "no ids are reserved for <|im_start|>, <|im_end|>: 60 rows are added, which start as the mean of the others"
     assert told in done.stderr
+    Path("more.jinja").write_text("{# <|im_end|> <|tool|> #}" + BUILT_IN["chatml"])
     writer = load_writer(Path("runs/finetune-chat/model"))
     assert writer.model.config.vocab_size == 320 and writer.chat is not None and writer.chat.stop_ids == {261}
     generated = CliRunner().invoke(app, ["generate", "finetune-chat", "-p", "What", "-n", "5", "--seed", "1"])
     assert generated.exit_code == 0, generated.output
+    padded = finetune(
+        "--init-from", "runs/finetune-chat/model", "data.chat_template=more.jinja", "-o", "y", method="lora"
+    )
+    assert padded.exit_code == 0, padded.output
+    assert "for <|tool|>: padding rows are taken, and adapters leave them as they are" in padded.stderr
     refused = finetune(*full, "-o", "x", method="lora")
     assert refused.exit_code == 2 and "chatml needs 2 rows more than the model has" in refused.stderr
     assert "use data.chat_template=plain, or --method full" in refused.stderr
@@ -291,3 +298,12 @@ def test_a_step_of_pretraining_may_be_tuned_but_no_step_of_tuning() -> None:
 def test_a_recipe_of_pretraining_is_refused() -> None:
     done = CliRunner().invoke(app, ["finetune", "debug"])
     assert done.exit_code == 2 and "kind is pretrain, expected finetune" in done.stderr
+
+
+def test_the_directory_of_a_run_of_another_kind_is_refused_in_one_line() -> None:
+    done = finetune("-o", "base")
+    assert done.exit_code == 2
+    assert "error: base holds a run of pretrain, this is a finetune; choose another -o\n" in done.stderr
+    assert "--allow-change" not in done.stderr
+    branch = finetune("--resume", "base/checkpoints/step-00000002", "-o", "x")
+    assert branch.exit_code == 2 and "base holds a run of pretrain" in branch.stderr, branch.output
