@@ -45,6 +45,7 @@ from megalodon.data.ingest import DataConfig, ValidConfig
 from megalodon.data.tokenizer import TokenizerConfig
 from megalodon.errors import RecipeError
 from megalodon.evaluation.perplexity import EvalConfig
+from megalodon.model.adapters import LoraConfig
 from megalodon.model.megalodon import PRESETS, ModelConfig
 from megalodon.training.metrics import LogConfig
 from megalodon.training.optim import OptimConfig
@@ -55,27 +56,11 @@ SCHEMA: Final = 1
 
 ONE_OF: OneOf = (
     ("train", ("max_tokens", "max_steps", "max_epochs")),
+    ("optim", ("lr", "lr_factor")),
     ("data.sources.*", ("path", "hf")),
     ("data.sources.*", ("hf", "builtin")),
     ("data.valid", ("fraction", "path")),
 )
-
-
-class LoraConfig(Config):
-    """Low-rank adapters: small trainable matrices beside the frozen ones."""
-
-    r: int = Field(16, ge=1)
-    """Rank of an adapter."""
-    alpha: float = Field(32, gt=0)
-    """The adapter's output is scaled by alpha / r."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability, on the adapter's input."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which matrices of a block get one: all-linear = wz wv wr wh1 wh2 fc1 fc2 fc3."""
-    dora: bool = False
-    """Decompose weights into magnitude and direction."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(r)."""
 
 
 class ModelSection(ModelConfig):
@@ -279,7 +264,7 @@ class FinetuneOptim(OptimConfig):
     """Optimizer and learning rate."""
 
     lr_factor: float | None = Field(None, gt=0)
-    """The peak rate as a part of the checkpoint's own peak; replaces lr."""
+    """The peak rate as a part of the checkpoint's own peak; the later of lr and lr_factor holds."""
 
 
 class FinetuneConfig(Config):
@@ -356,6 +341,12 @@ class Resolved:
         """Return the configuration of a pretraining run. Raises: RecipeError for a recipe of another kind."""
         if not isinstance(self.config, RunConfig):
             raise RecipeError(f"{self.config.name}: kind is {self.config.kind}, expected pretrain")
+        return self.config
+
+    def finetuning(self) -> FinetuneConfig:
+        """Return the configuration of a finetuning run. Raises: RecipeError for a recipe of another kind."""
+        if not isinstance(self.config, FinetuneConfig):
+            raise RecipeError(f"{self.config.name}: kind is {self.config.kind}, expected finetune")
         return self.config
 
 

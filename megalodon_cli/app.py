@@ -18,7 +18,9 @@ from typer.core import TyperGroup
 
 from megalodon.errors import EnvironmentFault, InputError
 from megalodon_cli import console, crash, variables
+from megalodon_cli.commands.convert import convert
 from megalodon_cli.commands.doctor import doctor
+from megalodon_cli.commands.finetune import finetune
 from megalodon_cli.commands.generate import generate
 from megalodon_cli.commands.pretrain import pretrain
 from megalodon_cli.commands.profile import profile
@@ -46,7 +48,7 @@ EXIT_CODES = """[bold]Exit codes[/bold]
 
 130, 143  interrupted twice, or before the first step"""
 
-JSON = {"tokenize", "pretrain", "generate", "recipes", "runs", "profile", "doctor"}
+JSON = {"tokenize", "pretrain", "finetune", "convert", "generate", "recipes", "runs", "profile", "doctor"}
 """Commands whose result is also a JSON document."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 """What the system says of a disk that takes no more."""
@@ -55,11 +57,18 @@ UNFIT |= {errno.EACCES, errno.EPERM, errno.EROFS}
 """What the system says of a path that cannot be what was asked of it."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 """Variables that keep the libraries of the Hugging Face Hub from the network."""
-COMMANDS = ("tokenize", "pretrain", "generate", "recipes", "runs", "profile", "doctor")
-TAKES_KEYS = {"tokenize", "pretrain", "recipes"}
+COMMANDS = ("tokenize", "pretrain", "finetune", "convert", "generate", "recipes", "runs", "profile", "doctor")
+TAKES_KEYS = {"tokenize", "pretrain", "finetune", "recipes"}
 """Commands that take recipe keys, also in the form `--optim.lr 1e-3`."""
-EXAMPLES = {"train.max_steps": "2000", "train.max_tokens": "2M", "model.init_from": "runs/mine"}
+EXAMPLES = {
+    "train.max_steps": "2000",
+    "train.max_tokens": "2M",
+    "model.init_from": "runs/mine",
+    "data.sources.0.path": "chats.jsonl",
+}
 """Values of keys that have short names."""
+PATHS = {"model.init_from", "data.sources.0.path"}
+"""Those that hold any text, quoted so that YAML takes it for nothing else."""
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -70,13 +79,13 @@ def _command(arguments: Sequence[str]) -> str:
 def spelled(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with `--optim.lr 1e-3` written as the change `optim.lr=1e-3`, `-c FILE` as the recipe FILE.
 
-    `--optim.lr=1e-3`, `--config FILE` and `--config=FILE` are the same. So are, for pretrain, the short names of keys:
+    `--optim.lr=1e-3`, `--config FILE` and `--config=FILE` are the same. So are, in training, the short names of keys:
     `--max-steps 9` becomes `train.max_steps=9`, in its place among the other changes.
     """
     command = _command(arguments)
     if command not in TAKES_KEYS:
         return list(arguments)
-    short = variables.KEYS if command == "pretrain" else {}
+    short = variables.SHORT.get(command, {})
     shown: list[str] = []
     rest = iter(arguments)
     for text in rest:
@@ -93,7 +102,7 @@ def spelled(arguments: Sequence[str]) -> list[str]:
             example, came = "my.yaml" if recipe else EXAMPLES.get(key or "", "1e-3"), ", got nothing" if key else ""
             raise InputError(f"command line: {option}: expected a value, such as {option} {example}{came}")
         name = key or option.removeprefix("--")
-        shown.append(value if recipe else f"{name}={json.dumps(value) if key == 'model.init_from' else value}")
+        shown.append(value if recipe else f"{name}={json.dumps(value) if key in PATHS else value}")
     return shown
 
 
@@ -110,13 +119,13 @@ class Shell(TyperGroup):
                 if param.param_type_name == "option" and param.name in EVERYWHERE - have and fits:
                     param.expose_value = False  # its callback stores it; the command knows nothing of it
                     command.params.append(param)
-            variables.listen(command, takes_keys=cmd_name == "pretrain")
+            variables.listen(command, variables.SHORT.get(cmd_name, ()))
         return command
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a command line; a group that is called alone prints its help."""
         if ctx.parent is None:
-            variables.listen(self, takes_keys=False)
+            variables.listen(self)
         if not args and not ctx.resilient_parsing:
             typer.echo(ctx.get_help())
             ctx.exit()
@@ -279,7 +288,7 @@ def everywhere(
             callback=_take,
             is_eager=True,
             rich_help_panel=PANEL,
-            help="Print one JSON document (pretrain: with --dry-run or --check-resume).",
+            help="Print one JSON document (training: with --dry-run or --check-resume).",
         ),
     ] = False,
     quiet: Annotated[
@@ -342,6 +351,8 @@ def everywhere(
 app.command("tokenize", rich_help_panel="Data")(tokenize)
 app.add_typer(recipes, cls=Shell, name="recipes", rich_help_panel="Data")
 app.command("pretrain", rich_help_panel="Model")(pretrain)
+app.command("finetune", rich_help_panel="Model")(finetune)
+app.command("convert", rich_help_panel="Model")(convert)
 app.command("generate", rich_help_panel="Run")(generate)
 app.add_typer(runs, cls=Shell, name="runs", rich_help_panel="Run")
 app.command("profile", rich_help_panel="Run")(profile)

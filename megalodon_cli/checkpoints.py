@@ -42,11 +42,14 @@ def weights(given: str) -> Weights:
         number = int(step) if step.isdecimal() else int(read_json(run / "checkpoints/best")["step"])
         return _of_step(verify_step(step_path(run / "checkpoints", number)))
     for place in (Path(given), RUNS / given):
-        if (place / "run.json").is_file() and not (place / "model").is_dir():
+        if (place / "run.json").is_file() and not _result(place):
             saved, _ = newest_of_run(place / "checkpoints", read_rollbacks(place))
             if saved:
                 return _of_step(saved)
     directory = model_directory(given)
+    if (directory / "adapter_config.json").is_file():
+        merge = f"megalodon convert {directory} DIR --merge"
+        raise InputError(f"{given}: {directory} is an adapter; expected a model, merge it first", merge)
     info = read_model_info(directory)
     return Weights(load_model(directory).state_dict(), str(directory), info.get("tokenizer_sha256"))
 
@@ -84,7 +87,7 @@ def model_directory(given: str | None) -> Path:
     for place in places:
         if (place / "run.json").is_file():
             return _model_of(place)
-        if (place / "config.json").is_file():
+        if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
             return place
     for place in places:
         if place.is_dir():
@@ -103,21 +106,27 @@ def complete(incomplete: str) -> list[str]:
 
 
 def _model_of(run: Path) -> Path:
-    if not (run / "model").is_dir():
+    found = _result(run)
+    if found is None:
         command = run / "command.txt"
         how = command.read_text(encoding="utf-8", errors="replace").strip() if command.is_file() else ""
         raise InputError(
             f"{run} has no finished model (no {run / 'model'}); expected a run that has ended: the command that "
             f"started it continues it{': ' + how if how else ''}"
         )
-    console.note(f"{run}: using {run / 'model'}")
-    return run / "model"
+    console.note(f"{run}: using {found}")
+    return found
+
+
+def _result(run: Path) -> Path | None:
+    """What a finished run left: its model, else its adapter."""
+    return next((run / name for name in ("model", "adapter") if (run / name).is_dir()), None)
 
 
 def _finished() -> list[str]:
     """Names of the runs that have a model, oldest first."""
-    found = [run.parent for run in RUNS.glob("*/run.json") if (run.parent / "model").is_dir()]
-    return [run.name for run in sorted(found, key=lambda run: (run / "model").stat().st_mtime_ns)]
+    found = [(result, run.parent) for run in RUNS.glob("*/run.json") if (result := _result(run.parent))]
+    return [run.name for _, run in sorted(found, key=lambda pair: pair[0].stat().st_mtime_ns)]
 
 
 def _newest() -> Path:
@@ -126,6 +135,7 @@ def _newest() -> Path:
             f"no CKPT given and no finished run under {RUNS}; expected a model directory or a run: "
             "megalodon generate CKPT -p TEXT"
         )
-    model = RUNS / names[-1] / "model"
+    model = _result(RUNS / names[-1])
+    assert model is not None
     console.note(f"no CKPT given: using the newest finished run, {model}")
     return model

@@ -224,9 +224,16 @@ def mark(kind: Mark) -> str:
     return _paint(sign, code, sys.stdout)
 
 
-def marked(text: str) -> str:
-    """Return a piece of the result that stands out: in colour, or in [[ ]] where there is none."""
-    return _paint(text, "32", sys.stdout) if _colored(sys.stdout) else f"[[{text}]]"
+def marked(text: str, stream: TextIO | None = None) -> str:
+    """Return a piece of a text that stands out: in colour, or in [[ ]] where there is none.
+
+    Args:
+        stream: where it will be shown; None = stdout.
+    """
+    stream = stream or sys.stdout
+    if not _colored(stream):
+        return f"[[{text}]]"
+    return "\n".join(_paint(line, "32", stream) if line else "" for line in text.split("\n"))
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:

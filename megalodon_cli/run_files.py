@@ -247,12 +247,14 @@ def _leaves(node: "Node", path: str = "") -> "Iterator[tuple[str, Node]]":
 
 
 def ledger(run: Path) -> list[str]:
-    """Return the ledger of the token store that a run's recipe names, as `tokenize` printed it; none if it is gone."""
+    """Return the ledger of the token store that a run's recipe names, as it was printed; none if it is gone."""
     tree = _tree(run)
     if tree is None:
         return []
     from megalodon.data.prepare import Ledger
 
+    if isinstance(store := read(run / "run.json").get("examples"), str):
+        return _examples_ledger(Path(store) / "manifest.json")
     directory, name = (node.value if (node := tree.find(key)) else None for key in (["data", "dir"], ["name"]))
     if not (manifest := Path(str(directory or f"data/{name}")) / "manifest.json").is_file():
         return []
@@ -260,3 +262,13 @@ def ledger(run: Path) -> list[str]:
     if not isinstance(stored, dict) or set(stored) != set(Ledger._fields) or {*map(type, stored.values())} != {int}:
         return []
     return Ledger(**stored).lines()
+
+
+def _examples_ledger(manifest: Path) -> list[str]:
+    from megalodon.data.examples import ExamplesLedger
+
+    stored = read(manifest).get("ledger") if manifest.is_file() else None
+    if not isinstance(stored, dict) or set(stored) != set(ExamplesLedger._fields):
+        return []
+    counts = [value for key, value in stored.items() if key != "policy"]
+    return ExamplesLedger(**stored).lines() if {*map(type, counts)} == {int} else []

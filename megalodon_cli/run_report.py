@@ -19,8 +19,9 @@ Table = list[list[str]]
 def describe(run: Path) -> dict[str, Any]:
     """Return everything that is known about a run.
 
-    summary; run (run.json); train, a list of (step, loss); evaluations; samples of the last step that has some; health,
-    the last row; events, without the saved steps; checkpoints; ledger; environment; overrides; command; next.
+    summary; run (run.json); train, a list of (step, loss); evaluations; samples of the last step that has some, and
+    before the first step; health, the last row; events, without the saved steps; checkpoints; ledger; environment;
+    overrides; command; next.
     """
     state, rows = run_files.read(run / "run.json"), run_files.metrics(run)
     kinds: dict[str, list[Row]] = {}
@@ -34,6 +35,7 @@ def describe(run: Path) -> dict[str, Any]:
         "train": run_files.points(rows, "train", "loss"),
         "evaluations": kinds.get("eval", []),
         "samples": [row for row in samples if row["step"] == samples[-1]["step"]],
+        "before": [row for row in samples if row["step"] == 0],
         "health": kinds["health"][-1] if kinds.get("health") else None,
         "events": kinds.get("event", []),
         "checkpoints": run_files.checkpoints(run),
@@ -105,6 +107,7 @@ def sections(found: dict[str, Any]) -> list[tuple[str, list[str]]]:
     named = [
         ("baseline", [f"a unigram model of the same tokens: {unigram:.3f} bits/byte"] if unigram is not None else []),
         ("samples", [f"{row['prompt']}|{row['text']}" for row in found["samples"]]),
+        ("before the first step", [f"{row['prompt']}|{row['text']}" for row in found["before"]]),
         ("events", _events(found["events"])),
         ("ledger", found["ledger"]),
         ("made by", _origin(found)),
@@ -140,6 +143,25 @@ def _origin(found: dict[str, Any]) -> list[str]:
     return [line for line in lines if line]
 
 
+def _side_by_side(found: dict[str, Any]) -> list[str]:
+    """What the base and the tuned model answered to the same prompts, as lines of a Markdown table; none without."""
+    pairs = list(zip(found["before"], found["samples"], strict=False))
+    if not pairs or found["samples"][-1]["step"] == 0:
+        return []
+    last = found["samples"][-1]["step"]
+    rows = [["prompt", "base, step 0", f"tuned, step {last:,}"], ["---"] * 3]
+    rows += [[_cell(text) for text in (old["prompt"], old["text"], new["text"])] for old, new in pairs]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _cell(text: str) -> str:
+    """Text of a model as it stands in a cell of a table, whatever is in it."""
+    plain = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    for sign in "\\|`*_<>[]#":
+        plain = plain.replace(sign, f"\\{sign}")
+    return plain.strip().replace("\n", "<br>") or "(nothing)"
+
+
 def markdown(run: Path) -> str:
     """Return the report of a run as Markdown."""
     found = describe(run)
@@ -150,7 +172,11 @@ def markdown(run: Path) -> str:
         head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         lines = [f"| {' | '.join(row)} |" for row in (head, ["---:"] * len(head), *body)]
         parts += [f"## {title[0].upper()}{title[1:]}", "\n".join(lines)]
+    beside = _side_by_side(found)
+    parts += ["## Answers", "\n".join(beside)] if beside else []
     for title, lines in sections(found):
+        if beside and title in ("samples", "before the first step"):
+            continue
         parts += [f"## {title[0].upper()}{title[1:]}", "\n".join(["````text", *lines, "````"])]
     if found["next"]:
         parts += ["## Next", "\n".join(["```sh", *found["next"], "```"])]

@@ -16,18 +16,18 @@ from megalodon_cli.job import Asked, Job
 
 if TYPE_CHECKING:
     from megalodon.model.megalodon import Megalodon
-    from megalodon.recipe import RunConfig
+    from megalodon.recipe import FinetuneConfig, RunConfig
     from megalodon.training.run import RunRecord
 
 
-def directory_of(config: "RunConfig", asked: Asked) -> Path:
+def directory_of(config: "RunConfig | FinetuneConfig", asked: Asked) -> Path:
     """Return the directory of the run: -o, else that of the step to resume from, else runs/NAME."""
     if asked.out_dir is None and asked.resume not in ("auto", "never"):
         return Path(asked.resume).parent.parent
     return asked.out_dir or Path("runs") / config.name
 
 
-def finished(directory: Path, config: "RunConfig", asked: Asked, frozen: dict[str, Any]) -> bool:
+def finished(directory: Path, config: "RunConfig | FinetuneConfig", asked: Asked, frozen: dict[str, Any]) -> bool:
     """Check the directory and whether the run in it has nothing left to do, which is said then.
 
     Raises: CheckpointError for foreign files, another run, or one although none is wanted.
@@ -51,10 +51,13 @@ def finished(directory: Path, config: "RunConfig", asked: Asked, frozen: dict[st
 def next_commands(directory: Path) -> list[str]:
     """Return what makes sense once a run is finished."""
     name = directory.name if directory.parent == Path("runs") else str(directory)
-    return [shlex.join(["megalodon", *words]) for words in (["generate", name, "-p", "TEXT"], ["runs", "show", name])]
+    words = [["generate", name, "-p", "TEXT"], ["runs", "show", name]]
+    if (directory / "adapter").is_dir():
+        words.append(["convert", str(directory / "adapter"), str(directory / "model"), "--merge"])
+    return [shlex.join(["megalodon", *line]) for line in words]
 
 
-def _horizon(config: "RunConfig") -> dict[str, Any]:
+def _horizon(config: "RunConfig | FinetuneConfig") -> dict[str, Any]:
     train = config.train
     return {"max_steps": train.max_steps, "max_tokens": train.max_tokens, "max_epochs": train.max_epochs}
 
@@ -121,9 +124,10 @@ def begin(job: Job, record: "RunRecord", unigram: float | None) -> None:
             "valid": job.prepared.valid.fingerprint,
             "tokenizer": job.prepared.tokenizer.sha256,
         },
+        **({"examples": str(job.prepared.train.path)} if job.tuning else {}),
         frozen=dict(job.frozen),
         allowed=[*record.values["allowed"], *([allowed] if allowed else [])],
-        next=[shlex.join(["megalodon", "pretrain", str(directory / "recipe.yaml"), "-o", str(directory)])],
+        next=[shlex.join(["megalodon", job.config.kind, str(directory / "recipe.yaml"), "-o", str(directory)])],
     )
     _take_curve(directory, record)
     recipe = dump(job.resolved)
@@ -175,7 +179,10 @@ def initialise(job: Job, model: "Megalodon") -> None:
     from megalodon.model.weights import copy_weights
 
     given = job.config.model.init_from
-    if given is None:
+    if job.weights is not None:
+        copy_weights(model, job.weights, str(given))
+        return
+    if given is None or job.tuning is not None:
         return
     found = checkpoints.weights(given)
     if found.tokenizer not in (None, job.prepared.tokenizer.sha256):

@@ -1,4 +1,4 @@
-"""`pretrain --check-resume N` and `pretrain --dry-run`: in a directory of their own, which is removed in the end.
+"""`--check-resume N` and `--dry-run` of training: in a directory of their own, which is removed in the end.
 
 Not here: what is compared (training/check_resume.py in megalodon), what a rehearsal does (training/rehearsal.py).
 """
@@ -36,7 +36,6 @@ def _scratch(job: Job) -> Iterator[Path]:
 
 
 def _run(job: Job, signals: Signals, directory: Path) -> "Run":
-    from megalodon.data.loader import token_bytes_table
     from megalodon.training.loop import Run
 
     def report(row: "Row") -> None:
@@ -45,8 +44,9 @@ def _run(job: Job, signals: Signals, directory: Path) -> "Run":
 
     return Run(
         directory=directory,
-        num_classes=job.prepared.tokenizer.vocab_size,
-        bytes_table=token_bytes_table(job.prepared.tokenizer),
+        num_classes=job.num_classes,
+        bytes_table=training_job.bytes_table(job),
+        build=job.build,
         initialise=lambda model: run_start.initialise(job, model),
         report=report,
         stop=signals.reason,
@@ -83,7 +83,8 @@ def dry_run(job: Job, signals: Signals) -> None:
         run = _run(job, signals, scratch)
 
         def export(model: "Megalodon") -> None:
-            training_job.export(job, model, scratch / "model", {"step": 1, "tokens": job.plan.batch_tokens}, {})
+            progress = {"step": 1, "tokens": job.plan.batch_tokens}
+            training_job.export(job, model, scratch / training_job.result_name(job), progress, {})
 
         wanted = export if job.config.checkpoint.export else None
         phases = rehearse(job.model_config, job.loader, job.plan, run, tasks, wanted)

@@ -1,10 +1,10 @@
-"""What `pretrain` works on: the parts of a recipe, checked and put together, and what is written around the training.
+"""What `pretrain` works on, and what any training does around its loop: evaluation, samples, export, report.
 
-Not here: the step and its loop (megalodon/training/loop.py), signals and the order of things (commands/pretrain.py),
-what is shown (training_screen.py).
+Not here: the step and its loop (megalodon/training/loop.py), the order of things (training_command.py), examples
+(finetune_job.py), what is shown (training_screen.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +15,24 @@ from megalodon_cli import console, run_start
 from megalodon_cli.job import Asked, Ending, Job
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from megalodon.data.chat import ChatFormat, Message
+    from megalodon.inference.sampling import SamplingConfig
     from megalodon.model.megalodon import Megalodon
     from megalodon.recipe import Resolved
     from megalodon.training.loop import Result, Row
     from megalodon.training.run import RunRecord
 
 
-def prepare(resolved: "Resolved", asked: Asked, *, scratch: bool = False) -> Job | None:
+def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | None:
     """Check recipe, directory and data. None if the run is finished already; that was said then.
 
     Args:
         scratch: nothing will be written into the directory, and what is in it does not matter.
     """
-    from megalodon.data.loader import Loader
+    from megalodon.data.loader import Loader, validation_batches
     from megalodon.data.prepare import prepare_store
     from megalodon.data.shards import open_store
     from megalodon.training.memory import available_memory, fitted
@@ -64,7 +69,21 @@ def prepare(resolved: "Resolved", asked: Asked, *, scratch: bool = False) -> Job
     model_config = config.model_config_for(prepared.tokenizer.vocab_size)
     before = None if scratch else run_start.micro_rows(directory, frozen, plan.device.type)
     plan = fitted(model_config, plan, available_memory(plan.device), before)
-    return Job(config, resolved, directory, prepared, loader, model_config, plan, frozen, asked)
+    rows = (prepared.valid, config.data.seq_len, config.data.isolate, plan.micro_rows, config.eval.tokens)
+    return Job(
+        config,
+        resolved,
+        directory,
+        prepared,
+        loader,
+        model_config,
+        plan,
+        frozen,
+        asked,
+        bos=config.data.bos,
+        num_classes=prepared.tokenizer.vocab_size,
+        validation=lambda: validation_batches(*rows),
+    )
 
 
 @contextmanager
@@ -95,24 +114,21 @@ def _unsupported(resolved: "Resolved") -> Iterator[None]:
 
 def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any, ...]:
     """What the loop asks for between steps: the evaluation, then the samples."""
-    from megalodon.data.loader import validation_batches
-    from megalodon.evaluation.perplexity import evaluate
+    from megalodon.evaluation.perplexity import ChatPromptConfig, evaluate
     from megalodon.inference.sampling import SamplingConfig
     from megalodon.inference.session import generate_text
+    from megalodon.model.adapters import merged
     from megalodon.training.loop import Task
 
     config, plan, tokenizer = job.config, job.plan, job.prepared.tokenizer
-    data, samples = config.data, config.eval.samples
+    samples, tuning = config.eval.samples, job.tuning
 
     def score(model: "Megalodon") -> "list[Row] | None":
-        batches = validation_batches(
-            job.prepared.valid, data.seq_len, data.isolate, plan.micro_rows, config.eval.tokens
-        )
         found = evaluate(
             model,
-            batches,
+            job.validation(),
             bytes_table,
-            tokenizer.vocab_size,
+            job.num_classes,
             block=config.train.loss_chunk,
             bf16=plan.bf16,
             stop=stopping,
@@ -121,46 +137,114 @@ def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any
 
     def write(model: "Megalodon") -> "list[Row] | None":
         found: list[Row] = []
+        plain = merged(model)  # a decoder reads the matrices themselves
         for number, prompt in enumerate(samples.prompts):
-            sampling = SamplingConfig(seed=number)
-            text = generate_text(
-                model, tokenizer, str(prompt), samples.max_new_tokens, sampling, bos=data.bos, given_up=stopping
-            )
+            sampling, most = SamplingConfig(seed=number), samples.max_new_tokens
+            if isinstance(prompt, ChatPromptConfig):
+                assert tuning is not None
+                turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+                text, ended = answer(plain, tuning.chat, turns, most, sampling, stopping)
+                row: Row = {"prompt": turns[-1]["content"], "messages": turns, "text": text, "ended": ended}
+            else:
+                text = generate_text(plain, tokenizer, prompt, most, sampling, bos=job.bos, given_up=stopping)
+                row = {"prompt": prompt, "text": text}
             if stopping():
                 return None
-            found.append({"kind": "sample", "prompt": prompt, "text": text})
+            found.append({"kind": "sample", **row})
         return found
 
     scores = Task(score, config.eval.every, config.eval.at_start, averaged=True)
-    return (scores, Task(write, samples.every)) if samples.prompts else (scores,)
+    # What the base model says before the first step is what the tuned one is compared with.
+    return (scores, Task(write, samples.every, at_start=tuning is not None)) if samples.prompts else (scores,)
+
+
+def answer(
+    model: "Megalodon",
+    chat: "ChatFormat",
+    messages: "Sequence[Message]",
+    max_new_tokens: int,
+    sampling: "SamplingConfig",
+    given_up: Callable[[], bool] = lambda: False,
+) -> tuple[str, bool]:
+    """Return what a model answers, and whether it ended its turn itself."""
+    from megalodon.inference.sampling import allowed_ids
+    from megalodon.inference.session import Session, generate
+    from megalodon.inference.stream import TokenStream
+
+    stream, pieces, count = TokenStream(chat.tokenizer), list[str](), 0
+    ids = chat.encode(messages, answer=True).ids
+    allowed = allowed_ids(chat.tokenizer, model.config.num_outputs, chat.stop_ids)
+    for token in generate(Session(model), ids, max_new_tokens, sampling, chat.stop_ids, allowed):
+        pieces.append(stream.push(token))
+        count += 1
+        if given_up():
+            break
+    return "".join(pieces) + stream.flush(), count < max_new_tokens
+
+
+def bytes_table(job: Job) -> "NDArray[np.int64]":
+    """Return how many bytes of text each id stands for: (num_classes,); the markers of a chat stand for none."""
+    import numpy as np
+
+    from megalodon.data.loader import token_bytes_table
+
+    table = token_bytes_table(job.prepared.tokenizer)
+    return np.concatenate([table, np.zeros(job.num_classes - len(table), dtype=np.int64)])
+
+
+def unigram(job: Job, bytes_table: "NDArray[np.int64]") -> float | None:
+    """Return the baseline of pretraining; of examples only a part is trained on, and it would say nothing."""
+    from megalodon.evaluation.perplexity import unigram_bits_per_byte
+
+    if job.tuning is not None:
+        return None
+    return unigram_bits_per_byte(job.prepared.train, job.validation(), bytes_table, job.num_classes)
 
 
 def export(
     job: Job, model: "Megalodon", directory: Path, progress: Mapping[str, int], scores: Mapping[str, Any]
 ) -> None:
-    """Write a model directory: weights, tokenizer, and what they came from."""
+    """Write a model directory, or one with the adapters: weights, tokenizer, template, and what they came from."""
     import hashlib
 
+    from megalodon.checkpoint.adapter_files import save_adapter
     from megalodon.checkpoint.tensors import save_model
     from megalodon.recipe import dump
 
-    config, tokenizer = job.config, job.prepared.tokenizer
+    config, tokenizer, tuning = job.config, job.prepared.tokenizer, job.tuning
     recipe = {"name": config.name, "sha256": hashlib.sha256(dump(job.resolved, origins=False).encode()).hexdigest()}
     meta = {
         "tokenizer_sha256": tokenizer.sha256,
-        "bos": config.data.bos,
+        "bos": job.bos,
         "isolate": config.data.isolate,
-        "seq_len": config.data.seq_len,
+        "seq_len": job.loader.seq_len,
+        "lr": job.plan.optim.lr,
         "recipe": recipe,
         **progress,
         "weights": "last" if job.plan.optim.ema is None else f"averaged, optim.ema {job.plan.optim.ema:g}",
         "scores": scores,
     }
-    save_model(model, directory, tokenizer.save, meta)
+
+    def beside(aside: Path) -> None:
+        tokenizer.save(aside)
+        if tuning is not None:
+            tuning.chat.save(aside)
+
+    if tuning is not None and config.model.lora is not None:
+        assert tuning.base.directory is not None
+        save_adapter(model, directory, tuning.base.directory, beside, meta)
+    else:
+        save_model(model, directory, beside, meta)
+
+
+def result_name(job: Job) -> str:
+    """Return the name of the directory that a finished run leaves."""
+    return "adapter" if job.config.model.lora is not None else "model"
 
 
 def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | None) -> Ending:
     """Export the model of a finished run and complete `run.json`."""
+    from megalodon.model.adapters import trainable
     from megalodon.training.metrics import MetricsLog
     from megalodon_cli.run_report import markdown
 
@@ -173,10 +257,14 @@ def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | Non
     scores |= {"bits_per_byte_at_start": start.get("bits_per_byte"), "unigram_bits_per_byte": unigram}
     exported = result.status == "finished" and job.config.checkpoint.export
     if exported:
-        export(job, result.model, job.directory / "model", {"step": result.step, "tokens": result.tokens}, scores)
+        progress = {"step": result.step, "tokens": result.tokens}
+        export(job, result.model, job.directory / result_name(job), progress, scores)
     status = "finished" if result.status == "finished" else "stopped"
     following = run_start.next_commands(job.directory) if exported else record.values["next"]
+    done: dict[str, Any] = {"trainable": sum(p.numel() for p in trainable(result.model).values())} if job.tuning else {}
     seconds = round(result.seconds + float(record.values.get("seconds", 0)), 1)
-    record.update(status=status, step=result.step, tokens=result.tokens, seconds=seconds, next=following, **scores)
+    record.update(
+        status=status, step=result.step, tokens=result.tokens, seconds=seconds, next=following, **done, **scores
+    )
     (job.directory / "report.md").write_text(markdown(job.directory), encoding="utf-8", errors="backslashreplace")
     return Ending(rows, scores, seconds, following)

@@ -1,18 +1,23 @@
-"""What `pretrain` shows: the header, a progress line every few steps, the lines at the end.
+"""What training shows: the header, a progress line every few steps, the lines at the end.
 
 Not here: what is computed (megalodon/training), how a line reaches the terminal (console.py).
 """
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megalodon_cli import console
-from megalodon_cli.job import Ending, Job
+from megalodon_cli.job import Ending, Job, Tuning
 
 if TYPE_CHECKING:
     from megalodon.model.megalodon import ModelConfig
     from megalodon.training.loop import Result, Row
     from megalodon.training.run import RunRecord
+
+
+SHOWN = 1500
+"""Characters of an example that are shown at most."""
 
 
 class Screen:
@@ -113,10 +118,19 @@ def header(job: Job, peak: float) -> None:
     threads = f", {torch.get_num_threads()} threads" if plan.device.type == "cpu" else ""
     precision = "bf16-mixed" if plan.bf16 else "fp32"
     console.info(
-        f"pretrain {config.name} -> {job.directory}    {plan.device}{threads}, torch {torch.__version__}, {precision}"
+        f"{config.kind} {config.name} -> {job.directory}    "
+        f"{plan.device}{threads}, torch {torch.__version__}, {precision}"
     )
     count, tokens = job.model_config.num_parameters(), plan.horizon * plan.batch_tokens
-    console.info(f"  model    {count:,} parameters: {_shares(job.model_config)}")
+    trained, also = count, ""
+    if (lora := config.model.lora) is not None:
+        from megalodon.model.adapters import num_adapter_parameters
+
+        trained = num_adapter_parameters(job.model_config, lora)
+        also = f"; trained: {trained:,} of adapters of rank {lora.r}, {trained / (count + trained):.1%} of all"
+    console.info(f"  model    {count:,} parameters: {_shares(job.model_config)}{also}")
+    for line in job.tuning.inherited if job.tuning else ():
+        console.info(f"  {line}")
     epochs, size = tokens / (loader.num_samples * plan.seq_len), f"{plan.rows} x {plan.seq_len:,}"
     console.info(
         f"  data     {job.prepared.train.num_tokens:,} tokens; {plan.horizon:,} steps of {size} = {tokens:,} tokens, "
@@ -124,7 +138,7 @@ def header(job: Job, peak: float) -> None:
     )
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     memory = f"memory {plan.needs.total(plan.micro_rows) / 2**30:.1f} GiB, " if plan.needs else ""
-    disk = (12 * kept + 4) * count
+    disk = (12 * kept + 4) * trained
     console.info(
         f"  needs    {memory}disk {console.amount(disk, ' ', 'G')}B for up to {kept} checkpoints and the model "
         f"(derived); matrix product of this machine {console.amount(peak, ' ', 'G')}FLOP/s (measured)"
@@ -133,6 +147,23 @@ def header(job: Job, peak: float) -> None:
         console.detail(note)
     for line in (*job.prepared.ledger.lines(), *loader.ledger_lines()):
         console.info(f"  {line}")
+    if job.tuning:
+        _example(job, job.tuning)
+
+
+def _example(job: Job, tuning: Tuning) -> None:
+    """Show how the first example is seen, with what is trained on marked."""
+    formats = getattr(job.prepared, "formats", {})
+    found = ", ".join(f"{name} {count:,}" for name, count in formats.items())
+    console.info(f"  examples {found}; template {tuning.chat.template.name}; the first one, trained where marked:")
+    left, shown = SHOWN, []
+    for text, trained in tuning.example:
+        part = text[:left]
+        shown.append(console.marked(part, sys.stderr) if trained and part else part)
+        left -= len(part)
+    more = " …" if sum(len(text) for text, _ in tuning.example) > SHOWN else ""
+    for line in f"{''.join(shown)}{more}".split("\n"):
+        console.info(f"  | {line}")
 
 
 def _shares(config: "ModelConfig") -> str:

@@ -7,7 +7,7 @@ run. Not here: what an option means.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,21 +15,22 @@ from megalodon_cli import console
 
 PREFIX = "MEGALODON_"
 KEYS = {"max-steps": "train.max_steps", "max-tokens": "train.max_tokens", "init-from": "model.init_from"}
-"""Options of pretrain that are short names of recipe keys."""
+SHORT = {"pretrain": KEYS, "finetune": {**KEYS, "data": "data.sources.0.path"}}
+"""Command -> its options that are short names of recipe keys."""
 _NONE = {"help", "version", "install_completion", "show_completion"}
 
 
-def listen(command: Any, *, takes_keys: bool) -> None:
+def listen(command: Any, keys: Collection[str] = ()) -> None:
     """Give every option of a command its variable.
 
     Args:
-        takes_keys: options named in KEYS are short names of recipe keys there, and get none.
+        keys: options that are short names of recipe keys; they get none.
     """
     for param in command.params:
         option = next((text for text in param.opts if text.startswith("--")), None)
         if param.param_type_name != "option" or option is None or param.name in _NONE or param.envvar:
             continue
-        if not (takes_keys and option.removeprefix("--") in KEYS):
+        if option.removeprefix("--") not in keys:
             param.envvar = PREFIX + option.removeprefix("--").replace("-", "_").upper()
             param.value_from_envvar = _reader(param, option)
 

@@ -6,8 +6,8 @@ Not here: how many samples a step takes (megalodon/training/loop.py), where the 
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,29 @@ def _read(streams: list[Store], source: Int64s, begins: Int64s, length: int, iso
     for row, column in ignored:
         targets[row, column] = IGNORED
     return Batch(whole[:, :-1].astype(np.int64), targets, starts)
+
+
+class Samples(Protocol):
+    """What training reads: `Loader`, or `PackedLoader` (packing.py)."""
+
+    store: Store
+    seq_len: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+
+    def batch(self, first_sample: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """Return samples [first_sample, first_sample + count) of the run."""
+
+    def state(self, samples_consumed: int, skipped_ranges: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the data."""
+
+    def check(self, state: Mapping[str, Any]) -> tuple[int, list[list[int]]]:
+        """Return (samples consumed, skipped ranges) of a run that is to go on. Raises: DataError."""
+
+    def ledger_lines(self) -> list[str]:
+        """Return where tokens and labels go in an epoch. Raises: CheckFailed if they do not add up."""
 
 
 class Loader:
@@ -196,22 +219,7 @@ class Loader:
 
         Raises: DataError naming everything that differs, or ranges that are not in order below the samples consumed.
         """
-        consumed = state.get("samples_consumed")
-        if type(consumed) is not int or consumed < 0:
-            raise DataError(f"data state: samples_consumed is {consumed!r}, expected a number of samples")
-        skipped = _checked_ranges(state.get("skipped_ranges"), consumed)
-        mine = self.state(consumed, skipped)
-        differing = [
-            f"{key} was {state.get(key)!r} and is now {mine.get(key)!r}"
-            for key in sorted((mine.keys() | state.keys()) - {"progress"})
-            if state.get(key) != mine.get(key)
-        ]
-        if differing:
-            raise DataError(
-                f"the run cannot go on with other data: {'; '.join(differing)}",
-                hint="start a new run, or give back the data and settings it began with",
-            )
-        return consumed, skipped
+        return checked_state(self.state, state)
 
     def ledgers(self) -> list[WindowLedger]:
         """Return the window ledger of each stream."""
@@ -228,6 +236,31 @@ class Loader:
     def ledger_lines(self) -> list[str]:
         """Return the window ledgers as training prints them. Raises: CheckFailed if one does not add up."""
         return [line for ledger in self.ledgers() for line in ledger.lines()]
+
+
+def checked_state(
+    state_of: Callable[[int, list[list[int]]], Mapping[str, Any]], state: Mapping[str, Any]
+) -> tuple[int, list[list[int]]]:
+    """Compare the data state of a checkpoint with the one that a loader would write there; see `Loader.check`.
+
+    state_of: `state` of the loader. Raises: DataError naming everything that differs.
+    """
+    consumed = state.get("samples_consumed")
+    if type(consumed) is not int or consumed < 0:
+        raise DataError(f"data state: samples_consumed is {consumed!r}, expected a number of samples")
+    skipped = _checked_ranges(state.get("skipped_ranges"), consumed)
+    mine = state_of(consumed, skipped)
+    differing = [
+        f"{key} was {state.get(key)!r} and is now {mine.get(key)!r}"
+        for key in sorted((mine.keys() | state.keys()) - {"progress"})
+        if state.get(key) != mine.get(key)
+    ]
+    if differing:
+        raise DataError(
+            f"the run cannot go on with other data: {'; '.join(differing)}",
+            hint="start a new run, or give back the data and settings it began with",
+        )
+    return consumed, skipped
 
 
 def _checked_ranges(ranges: Any, consumed: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
     DIR/manifest.json    canonical JSON (sorted keys, no spaces, dates or paths); its sha256 is the fingerprint
     DIR/00000.bin        tokens, little-endian, no header: uint16 if vocab_size <= 65,536, else uint32
     DIR/00000.idx        .npy int64[documents + 1]: document starts; first 0, strictly increasing, last = token count
+    DIR/00000.mask       only where documents carry a mask: uint8 for each token, 1 = counts in the loss
 
 Names of shards increase, but may leave out numbers: they are those of the tasks that the text was cut into.
 A shard holds documents of one source. A directory takes its name only when it is complete.
@@ -58,6 +59,8 @@ class TokenDocument(NamedTuple):
     source: str
     ids: Int64s
     text_bytes: int
+    mask: NDArray[np.bool_] | None = None
+    """Which tokens count in the loss, one value for each id; all documents of a store have one, or none has."""
 
 
 class ShardFile:
@@ -66,7 +69,7 @@ class ShardFile:
     Tokens come in pieces of any size: `extend`, then `end_document`. Memory is bounded, whatever the shard's size.
     """
 
-    def __init__(self, directory: Path, name: str, source: str, vocab_size: int) -> None:
+    def __init__(self, directory: Path, name: str, source: str, vocab_size: int, *, masked: bool = False) -> None:
         self.name, self.source, self.vocab_size = name, source, vocab_size
         self.tokens = self.documents = 0
         self._dtype = token_dtype(vocab_size)
@@ -74,9 +77,10 @@ class ShardFile:
         self._held: list[NDArray[Any]] = []
         self._num_held = 0
         self._starts = [0]
-        self._finals = [directory / f"{name}.bin", directory / f"{name}.idx"]
+        self._finals = [directory / f"{name}.{kind}" for kind in ("bin", "idx", *(["mask"] if masked else []))]
         self._paths = [directory / f".tmp-{os.getpid()}-{final.name}" for final in self._finals]
-        self._binary, self._index = self._paths[0].open("wb"), self._paths[1].open("wb")
+        self._streams = [path.open("wb") for path in self._paths]
+        self._binary, self._index = self._streams[:2]
         self._write_header(0)  # it keeps its length when the number of documents is known
 
     @property
@@ -94,6 +98,10 @@ class ShardFile:
         self._num_held += len(ids)
         if self._num_held >= _HELD_TOKENS:
             self._flush()
+
+    def write_mask(self, mask: NDArray[np.bool_]) -> None:
+        """Append the mask of the ids of one document; a shard that is not `masked` has no place for it."""
+        self._streams[2].write(mask.astype(np.uint8).tobytes())
 
     def end_document(self, text_bytes: int) -> None:
         """End the open document, a text of so many bytes. Raises: DataError if it has no ids."""
@@ -132,12 +140,12 @@ class ShardFile:
         self._index.seek(0)
         self._write_header(self.documents + 1)
         sizes = []
-        for stream in (self._binary, self._index):
+        for stream in self._streams:
             stream.flush()
             os.fsync(stream.fileno())
             sizes.append(os.fstat(stream.fileno()).st_size)
             stream.close()
-        hashes = [self._hash.hexdigest(), file_sha256(self._paths[1])]
+        hashes = [self._hash.hexdigest(), *map(file_sha256, self._paths[1:])]
         for path, final in zip(self._paths, self._finals, strict=True):
             os.replace(path, final)
         return {
@@ -155,7 +163,7 @@ class ShardFile:
 
     def discard(self) -> None:
         """Remove what was written."""
-        for stream, path in ((self._binary, self._paths[0]), (self._index, self._paths[1])):
+        for stream, path in zip(self._streams, self._paths, strict=True):
             stream.close()
             path.unlink(missing_ok=True)
 
@@ -182,12 +190,17 @@ class ShardWriter:
         low, high = int(document.ids.min(initial=0)), int(document.ids.max(initial=-1))
         if not len(document.ids) or low < 0 or high >= self.vocab_size:
             raise _no_fit(document.source, low, high, self.vocab_size)
+        if document.mask is not None and len(document.mask) != len(document.ids):
+            raise ValueError(f"a mask of {len(document.mask):,} values for a document of {len(document.ids):,} ids")
         if self._shard and (self._shard.source != document.source or self._written >= self.shard_tokens):
             self.close()
         if self._shard is None:
             self._written = 0
-            self._shard = ShardFile(self.directory, f"{len(self._entries):05d}", document.source, self.vocab_size)
+            name, masked = f"{len(self._entries):05d}", document.mask is not None
+            self._shard = ShardFile(self.directory, name, document.source, self.vocab_size, masked=masked)
         self._shard.extend(document.ids)
+        if document.mask is not None:
+            self._shard.write_mask(document.mask)
         self._shard.end_document(document.text_bytes)
         self._written += len(document.ids)
 
@@ -260,6 +273,8 @@ class Shard(NamedTuple):
     """Its tokens, of which slices are read: mapped from disk, or read from its file (`PreadTokens`)."""
     bounds: Int64s
     """Where each document begins, and at last where the last one ends."""
+    mask: Any = None
+    """Which tokens count in the loss, uint8, as `tokens` lie; None where all do."""
 
 
 class PreadTokens:
@@ -304,6 +319,7 @@ class Store:
         self.text_bytes = sum(int(shard.entry["text_bytes"]) for shard in shards)
         self.max_id = max((int(shard.entry["max_id"]) for shard in shards), default=-1)
         self.sources = tuple(dict.fromkeys(str(shard.entry["source"]) for shard in shards))
+        self.masked = bool(shards) and all(shard.mask is not None for shard in shards)
 
     def source(self, name: str) -> "Store":
         """Return the tokens of one source alone. Raises: DataError if the store has no such source."""
@@ -319,6 +335,15 @@ class Store:
         out = np.empty((1, stop - start), dtype=np.int64)
         self.fill(out, np.zeros(1, dtype=np.int64), np.array([start]))
         return out.reshape(-1)
+
+    def mask(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return which of the tokens [start, stop) count in the loss, all in a store without masks: (stop - start,)."""
+        whole = [np.empty(0, dtype=np.bool_)]
+        for shard, _, low, high in self._pieces(np.array([start]), stop - start):
+            part = self._shards[shard].mask
+            first, last = int(low[0]), int(high[0])
+            whole.append(np.ones(last - first, dtype=np.bool_) if part is None else np.asarray(part[first:last]) != 0)
+        return np.concatenate(whole)
 
     def fill(self, out: NDArray[Any], rows: Int64s, begins: Int64s) -> None:
         """Write the tokens from `begins[i]` on into `out[rows[i]]`, as many as fit.
@@ -485,8 +510,8 @@ def _checked_manifest(path: Path, raw: bytes) -> dict[str, Any]:
         names = [entry["name"], *(file["name"] for file in entry["files"])]
         task = int(entry["name"]) if re.fullmatch("[0-9]{5,}", entry["name"]) else -1
         name = f"{max(task, last + 1):05d}"  # a shard is named after its task; a task may have no shard in this part
-        if task <= last or names != [name, f"{name}.bin", f"{name}.idx"]:
-            wanted = [name, f"{name}.bin", f"{name}.idx"]
+        wanted = [name, f"{name}.bin", f"{name}.idx"]
+        if task <= last or names not in (wanted, [*wanted, f"{name}.mask"]):
             raise DataError(f"{path}: shards.{number} names {names}, expected {wanted}; tokenize again")
         last = task
     if manifest.get("dtype") != (expected := token_dtype(manifest["vocab_size"]).name):
@@ -506,7 +531,7 @@ def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any
         if (size := (path / file["name"]).stat().st_size) != file["bytes"]:
             raise bad(file["name"], "the size", f"{size:,} bytes", f"{file['bytes']:,} by the manifest")
     dtype = token_dtype(manifest["vocab_size"])
-    binary, index_name = (file["name"] for file in entry["files"])
+    binary, index_name, *mask_name = (file["name"] for file in entry["files"])
     if entry["files"][0]["bytes"] != entry["tokens"] * dtype.itemsize or not entry["tokens"]:
         raise bad(
             binary, "the size", f"{entry['files'][0]['bytes']:,} bytes", f"{entry['tokens']:,} {dtype.name} tokens"
@@ -524,6 +549,15 @@ def _open_shard(path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any
         raise bad(index_name, "the order of document starts", "not increasing", "strictly increasing")
     if not 0 <= entry["max_id"] < manifest["vocab_size"]:
         raise bad(binary, "max_id", f"{entry['max_id']:,}", f"below vocab_size {manifest['vocab_size']:,}")
-    if reader == "pread":
-        return Shard(entry, PreadTokens(path / binary, dtype, entry["tokens"]), index)
-    return Shard(entry, np.asarray(np.memmap(path / binary, dtype=dtype, mode="r")), index)
+    if mask_name and entry["files"][2]["bytes"] != entry["tokens"]:
+        raise bad(
+            mask_name[0], "the size", f"{entry['files'][2]['bytes']:,} bytes", f"{entry['tokens']:,}, one a token"
+        )
+
+    def opened(name: str, kind: np.dtype[Any]) -> Any:
+        if reader == "pread":
+            return PreadTokens(path / name, kind, entry["tokens"])
+        return np.asarray(np.memmap(path / name, dtype=kind, mode="r"))
+
+    mask = opened(mask_name[0], np.dtype(np.uint8)) if mask_name else None
+    return Shard(entry, opened(binary, dtype), index, mask)

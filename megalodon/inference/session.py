@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from megalodon.checkpoint.tensors import WEIGHTS, load_model, read_model_info
+from megalodon.checkpoint.adapter_files import is_adapter, load_adapter, read_adapter_info
+from megalodon.checkpoint.tensors import load_model, read_model_info
 from megalodon.data.chat import ChatFormat
 from megalodon.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon.errors import CheckpointError, InputError
@@ -304,14 +305,16 @@ class Writer(NamedTuple):
 
 
 def load_writer(directory: Path) -> Writer:
-    """Load a model directory for writing, on the CPU.
+    """Load a model directory, or an adapter directory with its base, for writing, on the CPU.
 
     Raises:
+        EnvironmentFault: an adapter, and peft is missing.
         CheckpointError: a file is missing, truncated or changed, or the tokenizer is not the model's.
         DataError: the directory holds no tokenizer, or a chat template that cannot be used.
     """
-    info = read_model_info(directory)
-    model = load_model(directory).eval()
+    adapter = is_adapter(directory)
+    info = read_adapter_info(directory) if adapter else read_model_info(directory)
+    model = (load_adapter(directory) if adapter else load_model(directory)).eval()
     tokenizer = load_tokenizer(directory)
     expected = info.get("tokenizer_sha256", tokenizer.sha256)
     if tokenizer.sha256 != expected:
@@ -330,7 +333,7 @@ def load_writer(directory: Path) -> Writer:
     recipe, step = info.get("recipe"), info.get("step")
     name = str(recipe.get("name", directory.name)) if isinstance(recipe, dict) else directory.name
     name += f", step {step:,}" if isinstance(step, int) else ""
-    weights, template = info["files"][WEIGHTS]["sha256"], chat.template.sha256 if chat else None
+    weights, template = str(info["weights_sha256"]), chat.template.sha256 if chat else None
     return Writer(model, tokenizer, bos, chat, Owner(weights, tokenizer.sha256, template, name))
 
 

@@ -99,7 +99,7 @@ def save_session(path: Path, contents: Contents, model: Megalodon, owner: Owner)
     C = model.config.chunk_size
     turns = contents.turns[-KEPT_TURNS:]
     places = [mark.snapshot for mark in (contents.here, *turns, *contents.branches.values())]
-    if not places[0].position:
+    if not any(place.position for place in places):
         raise InputError(f"{path}: the session has read nothing; there is nothing to save")
     if any(place.past.position % C or (place.logits is None and place.position) for place in places):
         raise InputError(f"{path}: this session began inside a chunk of {C} tokens; read on to the next one, then save")

@@ -70,13 +70,19 @@ class LayerNorm(Float32Module):
         return layer_norm(x, self.weight, self.bias, eps=self.eps, backend=self.backend)
 
 
-class Linear(nn.Module):
-    """x Wᵀ + b with weight (out, in), left uninitialised: megalodon.initialise fills every parameter."""
+class Linear(nn.Linear):
+    """x Wᵀ + b with weight (out, in), left uninitialised: megalodon.initialise fills every parameter.
+
+    It is one of torch's so that adapters (adapters.py) know it.
+    """
+
+    weight: nn.Parameter
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
-        self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
+        super().__init__(in_dim, out_dim, bias)
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: the global generator is left alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megalodon.errors import CheckpointError
 from megalodon.model.attention import rotary_frequencies
-from megalodon.model.megalodon import Megalodon
+from megalodon.model.megalodon import Megalodon, ModelConfig
 
 _PRIORS = ("prior_count", "prior_mean", "prior_logv")
 
@@ -89,3 +89,32 @@ def copy_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str) -
         raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: " + "; ".join(sorted(problems)))
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
+
+
+@torch.no_grad()
+def with_rows(
+    config: ModelConfig, tensors: Mapping[str, Tensor], known: int, wanted: int, pad_to: int = 64
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return a model's sizes and weights with rows of embedding and output for ids it has not met.
+
+    The new rows start as the mean of the known ones: the model is as uncertain of them as it can be.
+
+    Args:
+        tensors: name -> tensor, the parameters of the model; those that change are copies.
+        known:   ids that have a meaning, from 0 on; rows above pad the vocabulary.
+        wanted:  ids that are to have one. If the model has fewer rows it gets more, a multiple of `pad_to`.
+    """
+    size = max(config.vocab_size, -(-wanted // pad_to) * pad_to if wanted > config.vocab_size else 0)
+    found = dict(tensors)
+    for name in ("embed.weight", "output.output.weight"):
+        if name not in tensors:  # a tied matrix may stand in a checkpoint once
+            continue
+        old = tensors[name]
+        rows = old.new_empty(size, old.shape[1])
+        rows[: len(old)] = old
+        mean = old[:known].mean(0)
+        rows[known:wanted] = mean
+        rows[len(old) :] = mean
+        found[name] = rows
+    outputs = config.output_size if config.output_size == -1 else size
+    return ModelConfig(**{**config.model_dump(), "vocab_size": size, "output_size": outputs}), found

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalodon.checkpoint.store import Saved, check_space, load_tensors, step_path, verify_step
 from megalodon.config import show
-from megalodon.data.loader import Loader
+from megalodon.data.loader import Samples
 from megalodon.errors import InputError
 from megalodon.model.megalodon import ModelConfig
 from megalodon.training.loop import Result, Row, Run, train
@@ -48,7 +48,7 @@ class ResumeCheck(NamedTuple):
 
 
 def check_resume(
-    model_config: ModelConfig, loader: Loader, plan: Plan, run: Run, *, steps: int, scratch: Path
+    model_config: ModelConfig, loader: Samples, plan: Plan, run: Run, *, steps: int, scratch: Path
 ) -> ResumeCheck | None:
     """Train `steps` steps twice, once with a stop, a save and a load in the middle, and compare what comes out.
 

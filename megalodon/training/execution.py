@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megalodon.errors import EnvironmentFault
+from megalodon.model.adapters import is_adapted
 from megalodon.model.megalodon import Block, Megalodon
 
 Recompute = Literal["none", "attention", "block"]
@@ -73,7 +74,9 @@ def compile_model(model: Megalodon, wanted: Compile, device: torch.device) -> st
     # Where graphs break, torch would run what exceeds the limit as it was written, and say nothing.
     torch._dynamo.config.fail_on_recompile_limit_hit |= whole
     for part in _blocks(model) if whole else _parts(model):
-        part.compile(dynamic=False, fullgraph=not whole, recompile_limit=LIMIT, options={"fallback_random": True})
+        # DoRA asks for its weights in a way that breaks the graph.
+        unbroken = not whole and not is_adapted(model)
+        part.compile(dynamic=False, fullgraph=unbroken, recompile_limit=LIMIT, options={"fallback_random": True})
     what = "whole blocks" if whole else "feed-forward networks and RMSNorms"
     return f"train.compile {name}: {what} are compiled in the first step"
 

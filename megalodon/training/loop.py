@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalodon.checkpoint.saver import Saver
 from megalodon.checkpoint.store import (
@@ -37,9 +37,10 @@ from megalodon.checkpoint.store import (
     steps_in,
     verify_step,
 )
-from megalodon.data.loader import IGNORED, Batch, Loader
+from megalodon.data.loader import IGNORED, Batch, Samples
 from megalodon.data.prefetch import Prefetch
 from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError
+from megalodon.model.adapters import is_adapted, trainable
 from megalodon.model.loss import loss_sums
 from megalodon.model.megalodon import Megalodon, ModelConfig
 from megalodon.model.state import State
@@ -103,6 +104,8 @@ class Run:
     """What the manifest of a checkpoint records besides its files: frozen values, versions."""
     tasks: tuple[Task, ...] = ()
     """In the order in which they run."""
+    build: Callable[[Megalodon], None] = lambda model: None
+    """Called with every model that was just made: gives it what no checkpoint holds, frozen weights and adapters."""
     initialise: Callable[[Megalodon], None] = lambda model: None
     """Called with the model of a run that starts at step 0, before its first step: weights from elsewhere."""
     resume_from: Path | None = None
@@ -150,7 +153,7 @@ class _Pass(NamedTuple):
     """After the last micro-batch; None if no health row is due."""
 
 
-def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Result:
+def train(model_config: ModelConfig, loader: Samples, plan: Plan, run: Run) -> Result:
     """Train a model in a run directory, continuing from its newest checkpoint that verifies.
 
     Raises:
@@ -174,11 +177,13 @@ def train(model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> Re
 class Trainer:
     """A model, its optimizer and how far they are."""
 
-    def __init__(self, model_config: ModelConfig, loader: Loader, plan: Plan, run: Run) -> None:
+    def __init__(self, model_config: ModelConfig, loader: Samples, plan: Plan, run: Run) -> None:
         self.loader, self.plan, self.run = loader, plan, run
         self.batches = Prefetch(lambda first: loader.batch(first, plan.rows), plan.rows)
         backend: Any = plan.config.backend
-        self.model = Megalodon(model_config, seed=plan.config.seed, backend=backend).to(plan.device)
+        self.model = Megalodon(model_config, seed=plan.config.seed, backend=backend)
+        run.build(self.model)
+        self.model.to(plan.device)
         recompute(self.model, plan.config.recompute)
         self.optimizer = build_optimizer(self.model, plan.optim)
         guard = plan.config.guard
@@ -189,6 +194,7 @@ class Trainer:
         self.checkpoints = run.directory / "checkpoints"
         self.flops = flops_per_token(model_config, plan.seq_len)
         self.dropout = any((model_config.dropout, model_config.hidden_dropout, model_config.attention_dropout))
+        self.dropout |= any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.model.modules())
         self.step, self.updates, self.tokens, self.targets = 0, 0, 0, 0
         self.consumed = 0
         """The global number of the next sample."""
@@ -438,10 +444,12 @@ class Trainer:
         self.run.report(row)
 
     def _live_tensors(self) -> dict[str, Tensor]:
-        """Everything that is saved and restored bit by bit; a tied matrix once."""
-        kept = self.model.state_dict(keep_vars=True).keys()
-        tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
-        tensors |= {f"model.{name}": b for name, b in self.model.named_buffers() if name in kept}
+        """Everything that is saved and restored bit by bit; a tied matrix once. Nothing of a frozen model."""
+        trained = trainable(self.model)
+        tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in trained.items()}
+        if not is_adapted(self.model):
+            kept = self.model.state_dict(keep_vars=True).keys()
+            tensors |= {f"model.{name}": b for name, b in self.model.named_buffers() if name in kept}
         averages = self.average.tensors() if self.average else {}
         return tensors | averages | optimizer_tensors(self.optimizer)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megalodon.errors import OutOfMemory
+from megalodon.model.adapters import trainable
 from megalodon.model.loss import loss_sums
 from megalodon.model.megalodon import Megalodon, ModelConfig
 from megalodon.training.execution import recompute
@@ -37,7 +38,13 @@ def available_memory(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def fitted(model_config: ModelConfig, plan: Plan, available: int | None, micro_rows: int | None = None) -> Plan:
+def fitted(
+    model_config: ModelConfig,
+    plan: Plan,
+    available: int | None,
+    micro_rows: int | None = None,
+    build: Callable[[Megalodon], None] = lambda model: None,
+) -> Plan:
     """Return the plan with what it needs and, with `micro_batch: auto`, the windows of a pass that fit.
 
     On a CPU these are as many as 8,192 tokens hold, where a step is fastest, or fewer if the memory asks for it; on a
@@ -46,12 +53,13 @@ def fitted(model_config: ModelConfig, plan: Plan, available: int | None, micro_r
     Args:
         available:  bytes; None does not bound a CPU.
         micro_rows: the choice of an earlier part of the same run, which holds: other sums round in another way.
+        build:      called with the model that is measured, such as puts adapters in; see `Run.build`.
     Raises:
         OutOfMemory: not even one window fits.
     """
     with explained(plan), _untouched(plan.device):
         with explained(plan, building=True):
-            model = _built(model_config, plan)
+            model = _built(model_config, plan, build)
         needs = _measured(model, plan)
         if plan.config.micro_batch == "auto" and micro_rows is None:
             candidates = [n for n in range(plan.rows, 0, -1) if plan.rows % n == 0]
@@ -128,9 +136,11 @@ def _untouched(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def _built(model_config: ModelConfig, plan: Plan) -> Megalodon:
+def _built(model_config: ModelConfig, plan: Plan, build: Callable[[Megalodon], None]) -> Megalodon:
     backend: Any = plan.config.backend
-    model = Megalodon(model_config, seed=plan.config.seed, backend=backend).to(plan.device)
+    model = Megalodon(model_config, seed=plan.config.seed, backend=backend)
+    build(model)
+    model.to(plan.device)
     recompute(model, plan.config.recompute)
     return model.train()
 
@@ -146,7 +156,8 @@ def _loss(model: Megalodon, plan: Plan, rows: int) -> Tensor:
 def _fits(model: Megalodon, plan: Plan, rows: int) -> bool:
     """Whether a pass of `rows` windows has room beside the moments of the optimizer, which are held meanwhile."""
     try:
-        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2 if plan.optim.ema is None else 3)]
+        copies = 2 if plan.optim.ema is None else 3
+        moments = [torch.empty_like(p) for p in trainable(model).values() for _ in range(copies)]
         _loss(model, plan, rows).backward()
         del moments
     except RuntimeError as error:
@@ -163,12 +174,12 @@ def _fits(model: Megalodon, plan: Plan, rows: int) -> bool:
 def _measured(model: Megalodon, plan: Plan) -> Needs:
     """Needs of a run: one window is passed forward and what autograd keeps of it is counted, each storage once."""
     window = kept_bytes(model, lambda: _loss(model, plan, 1))
-    count, layers = model.num_parameters(), model.config.num_layers
+    count, layers = sum(p.numel() for p in trainable(model).values()), model.config.num_layers
     inputs = layers * plan.seq_len * model.config.model_dim * 4
     block = window if plan.config.recompute == "block" else min(window, inputs + window // layers)
     logits = 2 * min(plan.config.loss_chunk, plan.rows * plan.seq_len) * model.config.num_outputs * 4
     return Needs(
-        weights=(8 if plan.optim.ema is None else 12) * count,
+        weights=4 * model.num_parameters() + (4 if plan.optim.ema is None else 8) * count,
         optimizer=8 * count,
         loss=logits + 4 * model.output_weight.numel(),
         window=round(MARGIN * window),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from megalodon.data.loader import Loader
+from megalodon.data.loader import Samples
 from megalodon.model.megalodon import Megalodon, ModelConfig
 from megalodon.training.loop import Row, Run, Task, train
 from megalodon.training.metrics import peak_memory
@@ -41,7 +41,7 @@ class _Clock:
 
 def rehearse(
     model_config: ModelConfig,
-    loader: Loader,
+    loader: Samples,
     plan: Plan,
     run: Run,
     tasks: Mapping[str, Task],
