@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import layer_norm, rms_norm
 
+from megalodon_kernels.rows import features_first
+
 
 def norm_portable(x: Tensor, weight: Tensor | None, bias: Tensor | None, centre: bool, eps: float) -> Tensor:
     """See `megalodon_kernels.norm`."""
@@ -40,9 +42,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, r, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         normed = x * r
+        if x.dim() == 3 and x.stride(-1) != 1:  # features first: dy of the next layer does not lie so
+            dy = features_first(dy).permute(1, 2, 0)
         dy = dy.to(normed.dtype)
         both = dy * normed
-        d_scale = None if scale is None else both.reshape(-1, both.shape[-1]).sum(0)
+        d_scale = None if scale is None else both.sum(tuple(range(both.dim() - 1)))
         if scale is not None:
             both *= scale
             dy = dy * scale
