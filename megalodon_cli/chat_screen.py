@@ -19,7 +19,8 @@ from megalodon.errors import InputError, MegalodonError
 from megalodon_cli import console
 
 if TYPE_CHECKING:
-    from megalodon.inference.conversation import Answering, Conversation
+    from megalodon.inference.conversation import Conversation
+    from megalodon.inference.session import Answering
 
 PROMPT = "> "
 QUOTES = '"""'

@@ -10,20 +10,21 @@ of a session (session_file.py), how turns become ids (megalodon/data/chat.py).
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from megalodon.data.chat import Message
-from megalodon.errors import InputError
-from megalodon.inference.sampling import SamplingConfig, allowed_ids
-from megalodon.inference.session import Session, Snapshot, Writer, generate
-from megalodon.inference.stream import TokenStream
+from megalodon.errors import CheckpointError, InputError
+from megalodon.inference.batch import Request, Written, write_together
+from megalodon.inference.sampling import allowed_ids
+from megalodon.inference.session import ZERO_TOKENS, Answering, Finish, Session, Snapshot, Writer, Writing
+from megalodon.inference.session_file import Contents, History, Mark, load_session, save_session
+from megalodon.inference.stream import Stops
 
 KEPT = 32
 """Places before turns that are kept; further back nothing can be undone."""
-
-Finish = Literal["stop", "length", "interrupted"]
 
 
 class Reading(NamedTuple):
@@ -35,14 +36,6 @@ class Reading(NamedTuple):
 
 
 Entry = Message | Reading
-
-
-class Answering(NamedTuple):
-    """How an answer is written."""
-
-    sampling: SamplingConfig
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()
 
 
 class Answer(NamedTuple):
@@ -119,45 +112,67 @@ class Conversation:
 
     # ------------------------------------------------------------------------------------------- forward
 
-    def ask(self, text: str, how: Answering, given_up: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Read a user's turn and yield the answer as it is written; at the end `answer` says how it went.
+    def ask(self, text: str, how: Answering, given_up: Callable[[], bool] = lambda: False) -> Writing:
+        """A user's turn; iterating over what is returned reads it and yields the answer as it is written.
 
-        `given_up` is asked after every token; once it says so, what was said so far is the answer.
+        At the end `answer` says how it went. Broken off before, the conversation stays where it was. `given_up` is
+        asked after every token; once it says so, what was said so far is the answer.
         Raises: InputError for an empty turn; DataError if the template refuses it. Nothing has changed then.
         """
-        if not text.strip():
-            raise InputError("the turn is empty; expected text")
-        start = [] if self.system is None or self.messages else [{"role": "system", "content": self.system}]
-        before = self._place()
-        messages = (*self.messages, *start, {"role": "user", "content": text})
-        ids = self._opening(messages)
-        stream, pieces = TokenStream(self.writer.tokenizer, how.stop), []
-        sampling = replace(how.sampling, seed=(how.sampling.seed + self._asked) % 2**63)
+        before, new = self._place(), self._new(text)
+        return self._answer(before, new, self._opening((*self.messages, *new)), how, given_up)
+
+    def go_on(self, how: Answering, given_up: Callable[[], bool] = lambda: False) -> Writing:
+        """Write on where the session stands. Raises: InputError if the last turn of a chat has its answer."""
+        if self._chat and self.turns:
+            raise InputError("the last turn of this session has its answer; ask something: -p TEXT")
+        return self._answer(self._place(), (), [], how, given_up)
+
+    def _answer(
+        self, before: "_Place", new: tuple[Message, ...], ids: list[int], how: Answering, given_up: Callable[[], bool]
+    ) -> Writing:
+        """Read `ids`, those of the new turns, and write the answer to them."""
+
+        def done(writing: Writing) -> None:
+            self._close(writing.unread)
+            self.entries = (*self.entries, *new, {"role": "assistant", "content": writing.text})
+            self._earlier = (*self._earlier, replace(before, earlier=()))[-KEPT:]
+            self.answer = Answer(writing.finish, len(writing.ids), len(ids))
+
+        how = how._replace(sampling=replace(how.sampling, seed=(how.sampling.seed + self._asked) % 2**63))
         self._asked += 1
-        unread: list[int] = []
-        finish: Finish = "stop"
+        writing = Writing(self.session, self.writer.tokenizer, ids, how, self._ends, self._allowed, given_up)
+        writing.done, writing.undone = done, lambda: self._go(before)
+        return writing
+
+    def samples(self, text: str | None, how: Answering, count: int) -> list[Written]:
+        """Write several answers to one turn (None: go on), all at once; none becomes part of the conversation.
+
+        Sample i has the seed of `how` plus i - 1. Raises: as `ask`.
+        """
+        before = self._place()
+        ids = self._opening((*self.messages, *self._new(text))) if text is not None else []
+        stops, seed = Stops(how.stop), how.sampling.seed
+        samplings = [replace(how.sampling, seed=(seed + number) % 2**63) for number in range(count)]
         try:
-            self.session.feed(ids)
-            count = 0
-            for token in generate(self.session, [], how.max_new_tokens, sampling, self._ends, self._allowed):
-                count, unread = count + 1, [token]
-                pieces.append(stream.push(token))
-                yield pieces[-1]
-                if stream.stopped or given_up():
-                    finish = "stop" if stream.stopped else "interrupted"
-                    break
-                unread = [] if count < how.max_new_tokens else unread
-            else:
-                finish = "length" if unread else "stop"
-            pieces.append(stream.flush())
-            yield pieces[-1]
-            self.session.feed([*unread, self.end])
-        except BaseException:
+            if ids:
+                self.session.feed(ids)
+            requests = [Request((), how.max_new_tokens, sampling, stops, ids) for sampling in samplings]
+            return write_together(self.writer, [self.session.branch() for _ in requests], requests, self._ends)
+        finally:
             self._go(before)
-            raise
-        self.entries = (*self.entries, *start, messages[-1], {"role": "assistant", "content": "".join(pieces)})
-        self._earlier = (*self._earlier, replace(before, earlier=()))[-KEPT:]
-        self.answer = Answer(finish, count, len(ids))
+
+    def _new(self, text: str) -> tuple[Message, ...]:
+        """A user's turn, behind the system text if it is the first. Raises: InputError for an empty one."""
+        if not (text.strip() if self._chat else text):
+            raise InputError("the turn is empty; expected text" if self._chat else f"the prompt has {ZERO_TOKENS}")
+        start = () if self.system is None or self.messages else ({"role": "system", "content": self.system},)
+        return (*start, {"role": "user", "content": text})
+
+    def _close(self, ids: Sequence[int]) -> None:
+        """Read the rest of an answer, and what ends it; without a template the text simply goes on behind it."""
+        for token in (*ids, self.end) if self._chat else ids:
+            self.session.step(token)
 
     def read(self, ids: Iterable[int], about: Callable[[], Reading]) -> None:
         """Read a file of any length into the conversation. `about` is asked for its entry once all was read.
@@ -179,7 +194,7 @@ class Conversation:
         """The ids to read so that the model answers; a session that must read all anew is put at its beginning."""
         tokenizer, began = self.writer.tokenizer, self.session.position > 0
         if self._chat is None:
-            ids: list[int] = tokenizer.encode_array(messages[-1]["content"], begins=not began).tolist()
+            ids = self._text_ids(messages[-1]["content"])
             return ids if began or not self.writer.bos else [tokenizer.bos_id, *ids]
         if not self.turns:
             ids = self._chat.encode(messages, answer=True).ids
@@ -196,6 +211,76 @@ class Conversation:
         self.session.rewind(self._blank)
         return ids
 
+    def _text_ids(self, text: str) -> list[int]:
+        """The ids of a text that goes on from here. Raises: DataError for text that UTF-8 cannot hold."""
+        tokenizer = self.writer.tokenizer
+        if not self.session.position or any("\ud800" <= character <= "\udfff" for character in text):
+            return tokenizer.encode(text)  # which says where half a surrogate pair stands
+        ids: list[int] = tokenizer.encode_array(text, begins=False).tolist()
+        return ids
+
+    # ------------------------------------------------------------------------------------------- in a file
+
+    def save(self, path: Path, *, kv: bool = False) -> None:
+        """Write a session file; with keys and values (`kv`) it goes on bit for bit. Raises: as `save_session`."""
+        session, writer = self.session, self.writer
+        if writer.owner is None:
+            raise InputError(f"{path}: this model is of no model directory, so nothing could tell whose session it is")
+        contents = Contents(
+            here=_mark(self._place()),
+            turns=tuple(map(_mark, self._earlier)),
+            branches={name: _mark(place) for name, place in self._branches.items()},
+            current=self.current,
+            system=self.system,
+            norm_stats=session.norm_stats,
+            state=session.state if kv else None,
+        )
+        save_session(path, contents, writer.model, writer.owner)
+
+    @classmethod
+    def load(cls, writer: Writer, path: Path, *, raw: bool = False) -> "Conversation":
+        """Go on where a session file stands. Raises: CheckpointError as `load_session`."""
+        if writer.owner is None:
+            raise InputError(
+                f"{path}: this model is of no model directory, so nothing tells whether the session is its"
+            )
+        contents = load_session(path, writer.model, writer.owner)
+        talk = cls(writer, Session(writer.model, norm_stats=contents.norm_stats), contents.system, raw=raw)
+        try:
+            talk._go(replace(_place_of(contents.here), earlier=tuple(map(_place_of, contents.turns))))
+            talk._branches = {name: _place_of(mark) for name, mark in contents.branches.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its transcript is none of ours: {error!r}") from error
+        talk.session.rewind(contents.here.snapshot, contents.state)
+        talk.current = contents.current
+        return talk
+
+    @classmethod
+    def rebuild(
+        cls, writer: Writer, history: History, read: Callable[["Conversation", Reading], None], *, raw: bool = False
+    ) -> "Conversation":
+        """Read the transcript of a session again, with any model; `read` reads its files.
+
+        Raises: what `read` raises; InputError for a system text and a model without a chat template.
+        """
+        talk = cls(writer, Session(writer.model, norm_stats=history.norm_stats), raw=raw)
+        for entry in map(entry_of, history.transcript):
+            if isinstance(entry, Reading):
+                read(talk, entry)
+            elif entry["role"] == "system":
+                talk.system = entry["content"]
+            elif entry["role"] == "user":
+                before, new = talk._place(), talk._new(entry["content"])
+                talk.session.feed(talk._opening((*talk.messages, *new)))
+                talk.entries = (*talk.entries, *new)
+                talk._earlier = (*talk._earlier, replace(before, earlier=()))[-KEPT:]
+            else:
+                talk._close(talk._text_ids(entry["content"]))
+                talk.entries = (*talk.entries, entry)
+        if talk.system is not None and talk._chat is None:
+            raise InputError("the session has a system text, which needs a chat template; this model has none in use")
+        return talk
+
     # ------------------------------------------------------------------------------------------- back and aside
 
     def undo(self, count: int = 1) -> tuple[Entry, ...]:
@@ -210,13 +295,13 @@ class Conversation:
         self._go(replace(place, earlier=self._earlier[:-count]))
         return undone
 
-    def retry(self, how: Answering, given_up: Callable[[], bool] = lambda: False) -> Iterator[str]:
+    def retry(self, how: Answering, given_up: Callable[[], bool] = lambda: False) -> Writing:
         """Ask the last question again, with the next seed. Raises: InputError if the last thing was no question."""
         last = next((e["content"] for e in reversed(self.messages) if e["role"] == "user"), None)
         if last is None or isinstance(self.entries[-1], Reading):
             raise InputError("there is no answer to write again; ask something first")
         self.undo()
-        yield from self.ask(last, how, given_up)
+        return self.ask(last, how, given_up)
 
     def branch(self, name: str) -> None:
         """Begin a branch here and go on in it; the one so far stays as it is. Raises: InputError if it exists."""
@@ -257,6 +342,14 @@ class Conversation:
     def _go(self, place: _Place) -> None:
         self.session.rewind(place.snapshot)
         self.entries, self._earlier = place.entries, place.earlier
+
+
+def _mark(place: _Place) -> Mark:
+    return Mark(place.snapshot, tuple(map(entry_json, place.entries)))
+
+
+def _place_of(mark: Mark) -> _Place:
+    return _Place(tuple(map(entry_of, mark.transcript)), mark.snapshot)
 
 
 def exported(messages: Iterable[Message]) -> str:

@@ -10,7 +10,7 @@ Not here: when text is read (session.py).
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -26,8 +26,9 @@ _FIRST, _EVERY, _COVERED = 8, 2, 6
 
 def check_norm_stats(value: str) -> NormStats:
     """Return the policy of that name. Raises: InputError with the names there are."""
-    if value == "cumulative" or value == "window":
-        return value
+    for known in get_args(NormStats):
+        if value == known:
+            return cast(NormStats, known)
     raise InputError(f"norm_stats is {value!r}; expected cumulative or window")
 
 

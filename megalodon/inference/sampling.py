@@ -5,7 +5,7 @@ float64 on the CPU with a generator of its own, so that a seed gives the same te
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,10 +54,35 @@ class SamplingConfig:
         return torch.Generator().manual_seed(self.seed)
 
 
-def allowed_ids(tokenizer: Tokenizer, num_outputs: int, ends: Collection[int] = ()) -> Tensor:
-    """Which ids may be written: (num_outputs,) bool; not the rows that pad the vocabulary, no special id but EOS.
+class Chooser:
+    """Chooses the ids of one text, one after the other.
 
-    `ends` may be written too, whatever they are: the ids that end an answer of a chat.
+    Args:
+        config:      how.
+        num_outputs: rows of the output matrix.
+        prompt_ids:  to which the repetition penalty applies, as to what is chosen.
+        allowed:     (num_outputs,) bool: ids that may be chosen; None means all.
+    """
+
+    def __init__(
+        self, config: SamplingConfig, num_outputs: int, prompt_ids: Iterable[int] = (), allowed: Tensor | None = None
+    ) -> None:
+        self.config, self.allowed, self.generator = config, allowed, config.generator()
+        self.seen = torch.zeros(num_outputs, dtype=torch.bool)
+        # Ids without an output row (an output smaller than the vocabulary) cannot be written, so not repeated either.
+        self.seen[[token for token in set(prompt_ids) if token < num_outputs]] = True
+
+    def __call__(self, logits: Tensor) -> int:
+        """The next id, from its logits (V,). Raises: NumericalError if they are not finite."""
+        token = sample(logits, self.config, self.generator, self.allowed, self.seen)
+        self.seen[token] = True
+        return token
+
+
+def allowed_ids(tokenizer: Tokenizer, num_outputs: int, ends: Iterable[int] = ()) -> Tensor:
+    """Which ids may be written: (num_outputs,) bool; not the rows that pad the vocabulary, of special ids EOS and
+    `ends` alone.
+
     Raises: InputError if the tokenizer has more ids than the model has outputs.
     """
     if tokenizer.vocab_size > num_outputs:

@@ -5,17 +5,17 @@
     other = session.branch()                  # both continue from here, independently
     place = session.snapshot()                # later: session.rewind(place), by reading less than a chunk
     for token in generate(session, [], 64, SamplingConfig(temperature=0)): ...
-    model, tokenizer, bos, chat = load_writer(path)
+    writer = load_writer(path)                # the model, its tokenizer and chat template
 
-Not here: how a token is chosen (sampling.py), whole characters (stream.py), a session's file (session_file.py), many texts
-at once (batch.py).
+Not here: how a token is chosen (sampling.py), whole characters (stream.py), a session's file (session_file.py),
+many texts at once (batch.py).
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from megalodon.data.chat import ChatFormat
 from megalodon.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon.errors import CheckpointError, InputError
 from megalodon.inference.norm_window import KEPT, NormStats, check_norm_stats, is_due, refreshed
-from megalodon.inference.sampling import SamplingConfig, allowed_ids, sample
+from megalodon.inference.sampling import Chooser, SamplingConfig, allowed_ids
 from megalodon.inference.stream import TokenStream
 from megalodon.model.decoder import Decoder
 from megalodon.model.megalodon import Megalodon
@@ -36,6 +36,11 @@ from megalodon.model.state import State
 PIECE = 1024
 """Tokens of one forward pass while reading: bounds the memory of a prompt of any length. Longer pieces are little
 faster and leave the heap less even: at 4096, resident memory still grew by 15 % after the first 20,000 tokens."""
+
+
+Finish = Literal["stop", "length", "interrupted"]
+
+ZERO_TOKENS = "zero tokens; expected at least 1; give some text"
 
 
 class Past(NamedTuple):
@@ -275,6 +280,17 @@ def evaluating(model: Megalodon) -> Iterator[None]:
             module.training = True
 
 
+class Owner(NamedTuple):
+    """Whose sessions these are: sha256 of all that gives a state its meaning."""
+
+    weights: str
+    tokenizer: str
+    template: str | None
+    """Of the chat template; None if the model has none."""
+    name: str
+    """Of the model, for messages: `200m, step 19,000`."""
+
+
 class Writer(NamedTuple):
     """A model with the tokenizer it was trained with."""
 
@@ -284,6 +300,8 @@ class Writer(NamedTuple):
     """Whether documents began with BOS in training, so that prompts do too."""
     chat: ChatFormat | None = None
     """How conversations are written, if the model was tuned for them."""
+    owner: Owner | None = None
+    """Whose its sessions are; None for a model that is no directory's: they cannot be saved."""
 
 
 def load_writer(directory: Path) -> Writer:
@@ -292,7 +310,7 @@ def load_writer(directory: Path) -> Writer:
     Raises:
         EnvironmentFault: an adapter, and peft is missing.
         CheckpointError: a file is missing, truncated or changed, or the tokenizer is not the model's.
-        DataError: the directory holds no tokenizer.
+        DataError: the directory holds no tokenizer, or a chat template that cannot be used.
     """
     adapter = is_adapter(directory)
     info = read_adapter_info(directory) if adapter else read_model_info(directory)
@@ -312,7 +330,11 @@ def load_writer(directory: Path) -> Writer:
             f"{directory}: the tokenizer has {rows:,} ids, the model {model.config.vocab_size:,} rows; "
             "put the tokenizer files of the run back"
         )
-    return Writer(model, tokenizer, bos, chat)
+    recipe, step = info.get("recipe"), info.get("step")
+    name = str(recipe.get("name", directory.name)) if isinstance(recipe, dict) else directory.name
+    name += f", step {step:,}" if isinstance(step, int) else ""
+    weights, template = str(info["weights_sha256"]), chat.template.sha256 if chat else None
+    return Writer(model, tokenizer, bos, chat, Owner(weights, tokenizer.sha256, template, name))
 
 
 def generate(
@@ -342,25 +364,112 @@ def generate(
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     if prompt_ids:
         session.feed(prompt_ids)
-    logits, generator = session.logits, sampling.generator()
-    seen = torch.zeros(len(logits), dtype=torch.bool)
-    # Ids without an output row (an output smaller than the vocabulary) cannot be written, so not repeated either.
-    seen[[token for token in set(prompt_ids) if token < len(seen)]] = True
+    choose = Chooser(sampling, len(session.logits), prompt_ids, allowed)
     for number in range(max_new_tokens):
-        token = sample(session.logits, sampling, generator, allowed, seen)
+        token = choose(session.logits)
         if token in stop_ids:
             return
-        seen[token] = True
         yield token
         if number + 1 < max_new_tokens:
             session.step(token)
+
+
+class Answering(NamedTuple):
+    """How a text is continued."""
+
+    sampling: SamplingConfig
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    """Texts that end it."""
+
+
+class Writing:
+    """A text that is being written: iterate over its pieces, one a token, which may be empty, and a last one.
+
+    Args:
+        session:   where to begin; afterwards it has read what `generate` says.
+        tokenizer: of the model.
+        ids:       of the prompt; may be empty if the session has read something.
+        how:       how it is continued.
+        ends:      ids that end it.
+        allowed:   (V,) bool: ids that may be written.
+        given_up:  asked after every token; once it says so, the text so far is all.
+    Raises:
+        InputError: a stop string is empty; or what `generate` raises, when it is iterated over.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        how: Answering,
+        ends: Collection[int],
+        allowed: Tensor,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.session, self.prompt_ids, self.how = session, ids, how
+        self.text, self.ids = "", list[int]()
+        self.interrupted = False
+        self._stream = TokenStream(tokenizer, how.stop)
+        self._ends, self._allowed = ends, allowed
+        self._start = session.position + len(ids)
+        self._given_up = given_up
+        self.done: Callable[[Writing], None] = lambda writing: None
+        """Called when it has come to its end, `undone` when it is broken off instead."""
+        self.undone: Callable[[], None] = lambda: None
+        self._pieces = self._write()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Break it off."""
+        self._pieces.close()
+
+    @property
+    def unread(self) -> list[int]:
+        """Ids that were written but that the session has not read."""
+        return self.ids[self.session.position - self._start :]
+
+    @property
+    def finish(self) -> Finish:
+        """Why it ended: an id or text that ends it, its length, or `given_up`."""
+        if self.interrupted:
+            return "interrupted"
+        return "stop" if self._stream.stopped or len(self.ids) < self.how.max_new_tokens else "length"
+
+    def _write(self) -> Generator[str, None, None]:
+        how = self.how
+        try:
+            tokens = generate(
+                self.session, self.prompt_ids, how.max_new_tokens, how.sampling, self._ends, self._allowed
+            )
+            for token in tokens:
+                self.ids.append(token)
+                yield self._shown(self._stream.push(token))
+                if self._stream.stopped or self._given_up():
+                    self.interrupted = not self._stream.stopped
+                    break
+            yield self._shown(self._stream.flush())
+            self.done(self)
+        except BaseException:
+            self.undone()
+            raise
+
+    def _shown(self, piece: str) -> str:
+        self.text += piece
+        return piece
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, bos: bool) -> list[int]:
     """The ids of a prompt, after BOS if documents began with one in training. Raises: InputError for zero tokens."""
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise InputError("the prompt has zero tokens; expected at least 1; give some text")
+        raise InputError(f"the prompt has {ZERO_TOKENS}")
     return [tokenizer.bos_id, *ids] if bos else ids
 
 
@@ -380,14 +489,7 @@ def generate_text(
     `given_up` is asked after every token; once it says so, the text so far is returned.
     Raises: InputError for a prompt of zero tokens, or a tokenizer that does not fit the model.
     """
-    stream = TokenStream(tokenizer, stop)
-    allowed = allowed_ids(tokenizer, model.config.num_outputs)
     ids = prompt_tokens(tokenizer, prompt, bos=bos)
-    written = []
-    for token in generate(
-        Session(model), ids, max_new_tokens, sampling or SamplingConfig(), [tokenizer.eos_id], allowed
-    ):
-        written.append(stream.push(token))
-        if stream.stopped or given_up():
-            break
-    return "".join(written) + stream.flush()
+    how = Answering(sampling or SamplingConfig(), max_new_tokens, tuple(stop))
+    allowed = allowed_ids(tokenizer, model.config.num_outputs)
+    return "".join(Writing(Session(model), tokenizer, ids, how, [tokenizer.eos_id], allowed, given_up))

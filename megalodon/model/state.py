@@ -4,10 +4,12 @@ Its size depends on the model and the chunk size alone, never on how much was re
 so a state can be kept, copied and branched. Not here: how it moves (the layers), its file format.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megalodon_kernels import Statistics
 
@@ -54,6 +56,11 @@ class State(NamedTuple):
         layers = (LayerState(function(x.k), function(x.v), norm(x.norm), function(x.cema)) for x in self.layers)
         return State(function(self.position), tuple(layers), norm(self.norm))
 
+    def rows(self, numbers: Sequence[int]) -> "State":
+        """The state of these rows alone, in this order."""
+        index = torch.tensor(numbers, device=self.position.device)
+        return self.map(lambda x: x.index_select(0, index))
+
     def num_bytes(self) -> int:
         """Memory of all tensors, in bytes."""
         sizes: list[int] = []
@@ -64,3 +71,21 @@ class State(NamedTuple):
 
         self.map(count)
         return sum(sizes)
+
+
+def stack_states(states: Sequence[State]) -> State:
+    """States of one model as the rows of one: their positions may differ; open chunks are padded to the longest."""
+    longest = max(state.layers[0].k.shape[1] for state in states)
+
+    def open_chunks(caches: Sequence[Tensor]) -> Tensor:
+        return torch.cat([pad(x, (0, 0, 0, 0, 0, longest - x.shape[1])) for x in caches])
+
+    def norms(those: Sequence[Statistics]) -> Statistics:
+        return Statistics(*(torch.cat(parts) for parts in zip(*those, strict=True)))
+
+    layers = []
+    for i in range(len(states[0].layers)):
+        own = [state.layers[i] for state in states]
+        k, v = open_chunks([x.k for x in own]), open_chunks([x.v for x in own])
+        layers.append(LayerState(k, v, norms([x.norm for x in own]), torch.cat([x.cema for x in own])))
+    return State(torch.cat([state.position for state in states]), tuple(layers), norms([s.norm for s in states]))

@@ -1,18 +1,21 @@
 """`megalodon generate`: a model continues a text. Not here: how (megalodon/inference)."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from megalodon.errors import InputError
-from megalodon_cli import checkpoints, console
+from megalodon_cli import checkpoints, console, generation
+from megalodon_cli.prompts import read_prompt, read_system
 
 if TYPE_CHECKING:
-    from megalodon.inference.sampling import SamplingConfig
-    from megalodon.inference.session import Writer
+    from megalodon.inference.conversation import Conversation
+    from megalodon.inference.session import Answering
 
 
 def generate(
@@ -31,6 +34,84 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 file.", rich_help_panel="Data")
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Talk; on a terminal also without it if there is no prompt.", rich_help_panel="Data"
+        ),
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system",
+            metavar="TEXT|@FILE",
+            help="What the model is told first; needs a chat template.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Continue the text as it stands, without chat template.", rich_help_panel="Data"),
+    ] = False,
+    read: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--read", metavar="FILE", help="Read this text first, of any size; may be repeated.", rich_help_panel="Data"
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="IN.jsonl",
+            help="Answer a file of prompts: lines with prompt or messages.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="OUT.jsonl", help="Where the answers to --input go.", rich_help_panel="Data"),
+    ] = None,
+    go_on: Annotated[
+        bool,
+        typer.Option("--continue", help="Leave out what --output has answered already.", rich_help_panel="Data"),
+    ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", metavar="FILE", help="Go on with a saved session.", rich_help_panel="Session"),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-state", metavar="FILE", help="Save the session, such as book.mega.", rich_help_panel="Session"
+        ),
+    ] = None,
+    kv: Annotated[
+        bool,
+        typer.Option(
+            "--kv", help="Save keys and values too: it goes on bit for bit, at once.", rich_help_panel="Session"
+        ),
+    ] = False,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild", help="Read the transcript of --state again, with another model.", rich_help_panel="Session"
+        ),
+    ] = False,
+    norm_stats: Annotated[
+        Literal["cumulative", "window"] | None,
+        typer.Option(
+            "--norm-stats",
+            help="Norm statistics over all that was read, or over the last chunks; cumulative, or as the session.",
+            rich_help_panel="Session",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", help="Answers to write, each with its own seed.", rich_help_panel="Run")
+    ] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Lines of --input to answer together.", rich_help_panel="Run")
+    ] = 16,
     max_new_tokens: Annotated[
         int,
         typer.Option("--max-new-tokens", "--max-tokens", "-n", help="Tokens to write at most.", rich_help_panel="Run"),
@@ -67,108 +148,115 @@ def generate(
 
     The text goes to stdout as it is written, speed and seed to stderr.
     It ends at the model's end of text, at a --stop text, or after -n tokens.
-    Without -p and -f a pipe is read.
+    Without -p, -f, --read, --state and --input a pipe is read, and on a terminal a conversation begins.
+    What was read and written can be kept in a small file and continued: --save-state, --state.
 
     Examples:
 
-        megalodon generate runs/quickstart -p 'def main():'
+        megalodon generate quickstart -p 'def main():' -n 100 --temperature 0
 
-        megalodon generate quickstart -f prompt.txt -n 100 --temperature 0
+        megalodon generate quickstart --read book.txt --save-state book.mega
+
+        megalodon generate quickstart --state book.mega -p 'The end of it:'
+
+        megalodon generate quickstart --input prompts.jsonl --output answers.jsonl
 
         echo 'It was a' | megalodon generate --seed 1 --json
     """
     import secrets
 
     from megalodon.inference.sampling import SamplingConfig
-    from megalodon.inference.session import load_writer
+    from megalodon_cli.chat_screen import Chat, Interrupts, history_file
 
+    files = generation.SessionFiles(state, save_state, kv, rebuild)
     seed = secrets.randbelow(2**31) if seed is None else seed
     sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    for name, number in (("max_new_tokens", max_new_tokens), ("samples", samples), ("batch_size", batch_size)):
+        if number < 1:
+            raise InputError(f"{name} is {number}; expected at least 1")
     if stop and "" in stop:
         raise InputError("a stop string is empty; expected at least 1 character")
-    text = _prompt(prompt, file)
+    system = read_system(system)
+    if source is not None or output is not None or go_on:
+        given = {"-p": prompt, "-f": file, "--read": read, "--state": state, "--save-state": save_state}
+        _check_batch(source, output, [name for name, value in given.items() if value], samples)
+    files.check()
+    chat = chat or (not (prompt or file or read or state or source) and sys.stdin.isatty())
+    if chat and (prompt or file or source or console.wants_json()):
+        raise InputError("--chat is given with -p, -f, --input or --json; expected --chat alone")
+    if samples > 1 and (save_state or chat):
+        raise InputError(f"--samples {samples}: several answers are neither saved nor talked to; expected --samples 1")
+
+    from megalodon.inference.batch_files import Defaults
+    from megalodon.inference.session import Answering, load_writer
+    from megalodon.inference.text_file import open_text
+
+    if source is not None and output is not None:
+        writer = load_writer(checkpoints.model_directory(checkpoint))
+        stops, policy = tuple(stop or ()), norm_stats or "cumulative"
+        defaults = Defaults(max_new_tokens, sampling, stops, system, raw, policy)
+        generation.answer_file(writer, source, output, defaults, batch_size=batch_size, go_on=go_on)
+        return
+    text = read_prompt(prompt, file, needed=not (read or state or chat))
+    texts = [open_text(path) for path in read or ()]
     directory = checkpoints.model_directory(checkpoint)
-    _write(load_writer(directory), directory, text, max_new_tokens, sampling, stop or [])
-
-
-def _prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from -p, -f or stdin, byte for byte. Raises: InputError."""
-    if prompt is not None and file is not None:
-        raise InputError("both -p and -f are given; expected one prompt")
-    if file is None and prompt is None and sys.stdin.isatty():
-        raise InputError("no prompt; give -p TEXT, -f FILE or a pipe")
-    typed = prompt is not None and prompt != "-"
-    if typed and not any("\udc80" <= c <= "\udcff" for c in str(prompt)):
-        return str(prompt)
-    try:
-        if typed:  # bytes that the locale cannot read came as halves of pairs
-            content = str(prompt).encode("utf-8", "surrogateescape")
-        else:
-            content = sys.stdin.buffer.read() if file is None else file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: {(error.strerror or str(error)).lower()}; expected a file with the prompt") from None
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        source, byte = "-p" if typed else "stdin" if file is None else file, content[error.start]
-        raise InputError(
-            f"{source}: byte {error.start:,} is 0x{byte:02x}, which is not UTF-8; convert the prompt to UTF-8"
-        ) from None
+    talk = generation.open_conversation(load_writer(directory), files, norm_stats, system, raw=raw)
+    for each in texts:
+        console.info(generation.read_text(talk, each))
+    how, written, interrupts = Answering(sampling, max_new_tokens, tuple(stop or ())), None, Interrupts()
+    if chat:
+        screen = Chat(talk, how, generation.chat_files(raw), history_file())
+        screen.run()
+        if save_state:
+            console.info(generation.save(screen.talk, save_state, kv=kv))
+        return
+    if samples > 1:
+        written = generation.write_samples(talk, text, how, samples)
+    elif text is not None or not save_state:
+        # With a session to save a first Ctrl-C ends the answer alone; what was read is worth more than a moment.
+        with interrupts.watched() if save_state else contextlib.nullcontext():
+            written = _write(talk, text, how, lambda: interrupts.asked)
+    generation.report(talk, directory, how, written)
+    if save_state:
+        console.info(generation.save(talk, save_state, kv=kv))
+    if interrupts.asked:
+        raise KeyboardInterrupt
 
 
 def _write(
-    writer: "Writer", directory: Path, prompt: str, max_new_tokens: int, sampling: "SamplingConfig", stop: list[str]
-) -> None:
-    """Stream the continuation, then say what it cost."""
-    from megalodon.inference.sampling import allowed_ids
-    from megalodon.inference.session import Session, generate, prompt_tokens
-    from megalodon.inference.stream import TokenStream
-
-    model, tokenizer, bos, _ = writer
-    ids = prompt_tokens(tokenizer, prompt, bos=bos)
-    allowed = allowed_ids(tokenizer, model.config.num_outputs)
-    session, stream, pieces, moments = Session(model), TokenStream(tokenizer, stop), [], [time.perf_counter()]
-    for token in generate(session, ids, max_new_tokens, sampling, [tokenizer.eos_id], allowed):
+    talk: "Conversation", text: str | None, how: "Answering", given_up: Callable[[], bool]
+) -> generation.Written:
+    """Stream an answer to a turn (None: go on)."""
+    moments, pieces = [time.perf_counter()], list[str]()
+    for piece in talk.go_on(how, given_up) if text is None else talk.ask(text, how, given_up):
         moments.append(time.perf_counter())
-        pieces.append(stream.push(token))
-        console.write(pieces[-1])
-        if stream.stopped:
-            break
-    pieces.append(stream.flush())
-    text = "".join(pieces)
-    console.write(pieces[-1] if text.endswith("\n") else pieces[-1] + "\n")
-    count, first = len(moments) - 1, moments[min(1, len(moments) - 1)] - moments[0]
-    speed = (count - 1) / (moments[-1] - moments[1]) if count > 1 else count / max(first, 1e-9)
-    size = session.state.num_bytes()
-    console.info(
-        f"{count:,} tokens, {speed:.1f} tok/s, first token {first:.2f} s, context {session.position:,}, "
-        f"state {_size(size)} (constant), seed {sampling.seed}"
-    )
-    ended = stream.stopped or count < max_new_tokens
-    console.document(
-        "generate",
-        {
-            "model": str(directory),
-            "text": text,
-            "finish_reason": "stop" if ended else "length",
-            "prompt_tokens": len(ids),
-            "new_tokens": count,
-            "truncated_tokens": 0,
-            "context": session.position,
-            "state_bytes": size,
-            "tokens_per_second": round(speed, 2),
-            "first_token_seconds": round(first, 4),
-            "sampling": vars(sampling),
-            "norm_stats": "cumulative",
-        },
-    )
+        pieces.append(piece)
+        console.write(piece)
+    answer, written = talk.answer, "".join(pieces)
+    assert answer is not None
+    if not written.endswith("\n"):
+        console.write("\n")
+    count, first = answer.new_tokens, moments[1] - moments[0]
+    speed = (count - 1) / max(moments[count] - moments[1], 1e-9) if count > 1 else count / max(first, 1e-9)
+    details = {
+        "text": written,
+        "finish_reason": answer.finish,
+        "prompt_tokens": answer.read_tokens,
+        "new_tokens": count,
+        "tokens_per_second": round(speed, 2),
+        "first_token_seconds": round(first, 4),
+    }
+    return generation.Written(details, f"{count:,} tokens, {speed:.1f} tok/s, first token {first:.2f} s")
 
 
-def _size(count: int) -> str:
-    """Bytes as kB, MB or GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"
+def _check_batch(source: Path | None, output: Path | None, others: list[str], samples: int) -> None:
+    """Raises: InputError for options that do not go with --input."""
+    if source is None or output is None:
+        raise InputError(
+            f"{'--output and --continue go' if source is None else '--input goes'} with "
+            f"{'--input IN.jsonl' if source is None else '--output OUT.jsonl'}; expected both --input and --output"
+        )
+    if others:
+        raise InputError(f"--input and {others[0]} are given; a file of prompts goes alone")
+    if samples > 1:
+        raise InputError(f"--input and --samples {samples} are given; repeat a line for several answers to it")

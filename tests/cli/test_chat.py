@@ -18,6 +18,8 @@ from megalodon.data.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(reserve=2)
 SIZES = {"vocab_size": TOKENIZER.vocab_size, "chunk_size": 16}
+PROMPT = ">\x08\x1b\\[2C"
+"""How the prompt is drawn, once a line may be typed."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,15 @@ def model(tmp_path_factory) -> Path:
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
+    return {
+        **os.environ,
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "COLUMNS": "80",
+        "LINES": "24",
+        "TERM": "xterm",
+    } | {
+        "PROMPT_TOOLKIT_NO_CPR": "1"  # pexpect is a terminal that does not answer where its cursor is
+    }
 
 
 def command(model: Path, *options: str) -> list[str]:
@@ -60,7 +70,7 @@ def terminal(model, tmp_path):
             dimensions=(24, 80),
         )
         started.append(child)
-        child.expect("> ")
+        child.expect(PROMPT)
         return child
 
     yield start
@@ -78,11 +88,11 @@ def test_a_conversation(terminal):
     child = terminal("-n", "6")
     child.send("Hello there\r")
     child.expect(r"\d+ tokens.*context [\d,]+")
-    child.expect("> ")
+    child.expect(PROMPT)
     child.send("/status\r")
     child.expect("1 answers")
     child.expect(r"branch\s+main; others: none")
-    child.expect("> ")
+    child.expect(PROMPT)
     child.send("/undo\r")
     child.expect("taken back: 2 entries; 0 answers are left")
     child.send("/udno\r")
@@ -94,18 +104,19 @@ def test_a_conversation(terminal):
 def test_ctrl_c_ends_the_answer_only(terminal):
     child = terminal("-n", "100000")
     child.send("Hello\r")
-    child.expect("Hello")
+    child.expect("\x1b\\[\\?2004l")  # the line is taken
     child.expect("[^\r\n]{20}")  # the answer has begun
     child.sendintr()
     child.expect("tokens, stopped by you")
-    child.expect("> ")
+    child.expect(PROMPT)
     child.send("/set max-new-tokens 3\r")
     child.expect("max-new-tokens 3")
     child.send("And now?\r")
     child.expect("[123] tokens")
-    child.expect("> ")
+    child.expect(PROMPT)
     child.sendintr()
     child.expect("Ctrl-D or /exit leaves")
+    child.expect(PROMPT)
     child.sendeof()
     leave(child)
 
@@ -115,9 +126,10 @@ def test_a_paste_of_several_lines_is_one_turn(terminal):
     child.send("\x1b[200~first line\nsecond line\n\nlast\x1b[201~")
     child.send("\r")
     child.expect(r"tokens.*context")
-    child.expect("> ")
+    child.expect(PROMPT)
     child.send("/export said.jsonl\r")
     child.expect("one more conversation of 2 messages")
+    child.expect(PROMPT)
     child.sendeof()
     leave(child)
     line = json.loads((Path(child.cwd) / "said.jsonl").read_text())
@@ -130,11 +142,14 @@ def test_lines_are_edited_on_a_terminal_of_any_size(terminal):
     os.kill(child.pid, signal.SIGWINCH)
     child.send("a line that is longer than the terminal is now wide, by far\x01X\r")  # Ctrl-A: to the beginning
     child.expect(r"tokens.*")
+    child.expect(PROMPT)
     child.send("\x1b[A\x1b[A")  # up, past nothing: the line before
     child.send("\r")
     child.expect(r"tokens.*")
+    child.expect(PROMPT)
     child.send("/export said.jsonl\r")
     child.expect("one more")
+    child.expect(PROMPT)
     child.sendeof()
     leave(child)
     line = json.loads((Path(child.cwd) / "said.jsonl").read_text())
@@ -146,12 +161,14 @@ def test_lines_are_kept_for_the_next_time(terminal, tmp_path):
     child = terminal("-n", "1")
     child.send("remember me\r")
     child.expect("tokens")
+    child.expect(PROMPT)
     child.sendeof()
     leave(child)
     again = terminal("-n", "1")
     again.send("\x1b[A\r")
     again.expect("remember me")
     again.expect("tokens")
+    again.expect(PROMPT)
     again.sendeof()
     leave(again)
     kept = tmp_path / "state" / "megalodon" / "chat_history"

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import megalodon
+from megalodon.inference.norm_window import refreshed
 from megalodon.model.loss import cross_entropy, token_losses
 from megalodon.model.megalodon import Megalodon
-from megalodon.model.state import State
+from megalodon.model.state import State, stack_states
 from megalodon_kernels import chunk_attention
 from megalodon_kernels.qk_rope.reference import rotate
 
@@ -234,9 +235,9 @@ def test_replaced_statistics(dtype: torch.dtype) -> None:
     tokens, net = read("A/stream")["truncate/tokens"], model("A", dtype)
     C = net.config.chunk_size
     _, state = net(tokens[:, : 2 * C])
-    _, fresh = net(tokens[:, C : 2 * C])
-    layers = tuple(own._replace(norm=new.norm) for own, new in zip(state.layers, fresh.layers, strict=True))
-    state = state._replace(layers=layers, norm=fresh.norm)
+    chunks = [tuple(row.tolist()) for row in tokens[:, C : 2 * C]]
+    rows = [refreshed(net, state.rows([row]), [chunk], piece=7) for row, chunk in enumerate(chunks)]
+    state = stack_states(rows)
     check_state(state, "A", "truncate/after_truncate", dtype)
     logits, state = net(tokens[:, 2 * C :], state)
     check_state(state, "A", "truncate/final", dtype)

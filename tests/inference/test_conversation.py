@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from megalodon.data.tokenizer import ByteTokenizer
 from megalodon.errors import DataError, InputError
 from megalodon.inference.conversation import (
     KEPT,
-    Answering,
     Conversation,
     Reading,
     entry_json,
@@ -22,7 +22,8 @@ from megalodon.inference.conversation import (
     exported,
 )
 from megalodon.inference.sampling import SamplingConfig
-from megalodon.inference.session import Session, Snapshot, Writer
+from megalodon.inference.session import Answering, Owner, Session, Snapshot, Writer
+from megalodon.inference.session_file import KEPT_TURNS, load_history
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
 
@@ -321,3 +322,117 @@ def test_every_path_stands_where_its_ids_lead(model, path):
             continue
         assert talk.session.position == len(read_ids(talk))
         assert not read_ids(talk) or agrees(talk)
+
+
+OWNER = Owner("1" * 64, TOKENIZER.sha256, None, "tiny")
+
+
+def saved(talk: Conversation, path: Path, *, kv: bool = False) -> Conversation:
+    """The conversation out of its own file."""
+    talk.writer = talk.writer._replace(owner=OWNER)
+    talk.save(path, kv=kv)
+    return Conversation.load(talk.writer, path)
+
+
+def near(one: Conversation, other: Conversation) -> bool:
+    assert one.session.position == other.session.position
+    if not one.session.position:
+        return True
+    its = other.session.branch().feed([7, 8])
+    return torch.allclose(one.session.branch().feed([7, 8]), its, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from(["ask", "ask", "undo", "retry", "branch", "checkout", "read"]), min_size=1, max_size=9),
+    st.booleans(),
+)
+def test_a_conversation_from_its_file_is_the_same(model, tmp_path, path, kv):
+    """After every path: what was said, where it stands, what can be undone, and every branch."""
+    talk = talk_of(model, system="Be brief.")
+    for number, act in enumerate(path):
+        try:
+            if act == "ask":
+                say(talk, f"turn {number}")
+            elif act == "undo":
+                talk.undo()
+            elif act == "retry":
+                list(talk.retry(HOW))
+            elif act == "branch":
+                talk.branch(f"b{number}")
+            elif act == "checkout":
+                talk.checkout(talk.branches[number % len(talk.branches)])
+            else:
+                talk.read(iter(TOKENIZER.encode(f"file {number} " * 3)), lambda: Reading("f", "", 1))
+        except InputError:
+            continue
+    if not talk.session.position:
+        return
+    other = saved(talk, tmp_path / "a.mega", kv=kv)
+    assert (other.entries, other.current, other.branches) == (talk.entries, talk.current, talk.branches)
+    assert other.system == "Be brief."
+    assert near(talk, other)
+    for name in talk.branches:
+        talk.checkout(name)
+        other.checkout(name)
+        assert other.entries == talk.entries
+        assert near(talk, other)
+    back = saved(talk, tmp_path / "b.mega")
+    for _ in range(min(KEPT_TURNS, len(talk._earlier))):
+        assert back.undo() == talk.undo()
+        assert near(talk, back)
+    if not talk.turns:
+        greedy = HOW._replace(sampling=SamplingConfig(temperature=0))
+        assert say(back, "And?", greedy) == say(talk, "And?", greedy)
+        assert back.entries == talk.entries
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml", None])
+def test_a_transcript_is_read_again(model, tmp_path, template):
+    talk = talk_of(model, template, system=None if template is None else "Be brief.")
+    book = TOKENIZER.encode("A book of some length. " * 5)
+    talk.read(iter(book), lambda: Reading("book.txt", "0" * 64, len(book)))
+    for text in ("one", "two"):
+        say(talk, text)
+        talk.entries = (*talk.entries[:-1], {"role": "assistant", "content": "An answer."})  # whose ids are its text's
+    saved(talk, tmp_path / "a.mega")
+    asked = []
+
+    def read(its: Conversation, entry: Reading) -> None:
+        asked.append(entry)
+        its.read(iter(book), lambda: entry)
+
+    again = Conversation.rebuild(talk.writer, load_history(tmp_path / "a.mega"), read)
+    assert asked == [entry for entry in talk.entries if isinstance(entry, Reading)]
+    assert again.entries == talk.entries
+    straight = talk_of(model, template, system=None if template is None else "Be brief.")
+    straight.read(iter(book), lambda: asked[0])
+    for text in ("one", "two"):
+        straight.session.feed(straight._opening((*straight.messages, *straight._new(text))))
+        straight.session.feed([*TOKENIZER.encode("An answer."), *([straight.end] if template else [])])
+        straight.entries = talk.entries[: len(straight.entries) + len(straight._new(text)) + 1]
+    assert near(straight, again)
+    again.undo()
+    assert again.turns == 1
+
+
+def test_a_model_of_no_directory_has_no_session_files(model, tmp_path):
+    talk = talk_of(model)
+    say(talk, "one")
+    with pytest.raises(InputError, match="of no model directory"):
+        talk.save(tmp_path / "a.mega")
+    with pytest.raises(InputError, match="of no model directory"):
+        Conversation.load(talk.writer, tmp_path / "a.mega")
+
+
+def test_samples_leave_no_trace(model):
+    talk = talk_of(model)
+    say(talk, "one")
+    before = talk.entries
+    several = talk.samples("two", HOW, 3)
+    assert talk.entries == before
+    assert agrees(talk)
+    for number, sample in enumerate(several):
+        how = HOW._replace(sampling=SamplingConfig(seed=HOW.sampling.seed + number - talk._asked))
+        assert "".join(talk.ask("two", how)) == sample.text
+        talk.undo()

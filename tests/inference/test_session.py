@@ -190,7 +190,7 @@ def scripted(model, monkeypatch):
 
     def script(ids: list[int]) -> None:
         coming = iter(ids)
-        monkeypatch.setattr("megalodon.inference.session.sample", lambda *_: next(coming))
+        monkeypatch.setattr("megalodon.inference.sampling.sample", lambda *_: next(coming))
 
     return script
 
@@ -342,3 +342,70 @@ def test_a_step_broken_off_half_way_counts_as_not_taken(monkeypatch: pytest.Monk
         assert_near(broken_off.logits, whole.logits, LOGITS[torch.float64])
     assert_near(twin.feed(ids[12:13]), whole.feed(ids[12:13]), LOGITS[torch.float64])
     assert_near(session.step(ids[12]), whole.logits, LOGITS[torch.float64])
+
+
+@pytest.mark.parametrize("piece", [4, 10, 23, 1024])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_going_back_reads_less_than_a_chunk(piece, stepped, monkeypatch):
+    """However much was read, and to the same logits; neither of two that share a past moves the other."""
+    model = tiny_model().eval()  # chunks of 10
+    ids = random_tokens(1, 200)[0].tolist()
+    session, places = Session(model, piece=piece), {}
+    for place in (1, 9, 10, 11, 57, 60, 139, 140, 171):
+        if stepped:
+            for token in ids[session.position : place]:
+                session.step(token)
+        else:
+            session.feed(ids[session.position : place])
+        places[place] = session.snapshot()
+        assert places[place].position == place
+        assert len(places[place].tail) == place % 10
+    lengths: list[int] = []
+    hidden = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda tokens, state: (lengths.append(tokens.shape[1]), hidden(tokens, state))[1]
+    )
+    for place in (140, 9, 171, 57, 60, 1, 139, 11, 10):
+        lengths.clear()
+        session.rewind(places[place])
+        assert lengths == []
+        assert session.position == place
+        assert session.state.position.item() == place
+        assert sum(lengths) == place % 10
+        twin = session.branch()
+        whole = Session(model)
+        whole.feed(ids[:place])
+        assert_near(session.logits, whole.logits, LOGITS[torch.float64])
+        expected = whole.feed(ids[place : place + 25])
+        assert_near(session.feed(ids[place : place + 25]), expected, LOGITS[torch.float64])
+        for token in ids[place : place + 25]:
+            twin.step(token)
+        assert_near(twin.logits, expected, LOGITS[torch.float64])
+
+
+def test_a_session_holds_two_states_and_nothing_else(model):
+    """Its tensors are no windows into the values of a pass."""
+    session = Session(model, piece=64)
+    session.feed(ids_of(500))
+    held: dict[int, int] = {}
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    for state in (session.state, session.snapshot().past.state):
+        state.map(count)
+    assert sum(held.values()) <= 2 * session.state.num_bytes()
+
+
+def test_a_session_that_began_inside_a_chunk_goes_back_too(model):
+    ids = ids_of(60)
+    with torch.no_grad():
+        state = model(torch.tensor([ids[:19]]))[1]
+    session = Session(model, state)
+    session.feed(ids[19:25])
+    place = session.snapshot()
+    session.feed(ids[25:60])
+    session.rewind(place)
+    assert session.position == 25
+    assert close(session.feed(ids[25:41]), Session(model).feed(ids[:41]))

@@ -3,10 +3,12 @@
 import itertools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megalodon.data.tokenizer import ByteTokenizer, train_sentencepiece
 from megalodon.errors import InputError
-from megalodon.inference.stream import TokenStream
+from megalodon.inference.stream import Stops, TokenStream
 
 
 class Pieces:
@@ -100,3 +102,50 @@ def test_real_tokenizers_stream_what_they_decode():
         ids = tokenizer.encode(text)
         stream = TokenStream(tokenizer)
         assert "".join(map(stream.push, [tokenizer.bos_id, *ids, tokenizer.eos_id])) + stream.flush() == text
+
+
+def stopped_at(text: str, stop: tuple[str, ...]) -> tuple[int, int] | None:
+    """End and beginning of the stop string that is complete first, the longest of several: the plain search."""
+    found = [(text.find(string) + len(string), text.find(string)) for string in stop if string in text]
+    return min(found, default=None)
+
+
+@settings(max_examples=400)
+@given(
+    st.text("ab", max_size=24),
+    st.lists(st.text("ab", min_size=1, max_size=6), max_size=8),
+    st.lists(st.integers(1, 4), min_size=24, max_size=24),
+)
+def test_many_stop_strings_end_a_text_as_a_plain_search_finds_them(text, stop, lengths):
+    rest, pieces = text, []
+    while rest:
+        pieces.append(rest[: lengths[len(pieces)]].encode())
+        rest = rest[lengths[len(pieces) - 1] :]
+    found = stopped_at(text, tuple(stop))
+    parts = shown(pieces, tuple(stop))
+    assert "".join(parts) == (text if found is None else text[: found[1]])
+    # Nothing is held back that can no longer be the beginning of a stop string.
+    sofar, out = "", ""
+    for piece, part in zip(pieces, parts, strict=False):
+        sofar, out = sofar + piece.decode(), out + part
+        if stopped_at(sofar, tuple(stop)):
+            break
+        longest = max((n for s in stop for n in range(1, len(s)) if sofar.endswith(s[:n])), default=0)
+        assert out == sofar[: len(sofar) - longest]
+
+
+def test_ten_thousand_stop_strings_cost_no_more_than_one():
+    """Steps of the automaton are counted, not time: one a character."""
+
+    class Counted(Stops):
+        steps = 0
+
+        def follow(self, node: int, character: str) -> int:
+            Counted.steps += 1
+            return super().follow(node, character)
+
+    stops = Counted(f"{number:05d}!" for number in range(10_000))
+    Counted.steps = 0
+    stream = TokenStream(Pieces(b"01234567890" * 100), stops)
+    assert len(stream.push(0)) == 1099  # its last 0 may begin one
+    assert Counted.steps == 1100
