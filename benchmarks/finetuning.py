@@ -31,9 +31,10 @@ eval:
 SHARED = ["data.fields={prompt: question, completion: answer}", "data.over_length=drop", "train.batch_tokens=8192"]
 SHARED += ["eval.every=null", "eval.tokens=64Ki", "eval.samples.prompts=[]", "checkpoint.every=40"]
 METHODS = {
-    "full": ["finetune-chat", "optim.lr_factor=0.4"],
-    "lora": ["finetune-lora", "optim.lr=1e-2", "model.lora.r=5", "model.lora.alpha=10"],
+    "full": ("finetune-chat", {"optim.lr_factor": "0.4"}),
+    "lora": ("finetune-lora", {"optim.lr": "1e-2", "model.lora.r": "5", "model.lora.alpha": "10"}),
 }
+"""Recipe and changes of each, for a base of the size of quickstart."""
 Row = dict[str, Any]
 
 
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="steps of tuning, of 8,192 tokens")
     parser.add_argument("--samples", type=int, default=100, help="answers that are sampled")
     parser.add_argument("--max-new-tokens", type=int, default=384, help="of an answer")
+    parser.add_argument("--full", nargs="*", default=[], metavar="key=value", help="changes of full tuning")
+    parser.add_argument("--lora", nargs="*", default=[], metavar="key=value", help="changes of the adapters' run")
     parser.add_argument("--out", type=Path, help="file for the figures as JSON")
     given = parser.parse_args()
     if (given.text is None) == (given.base is None):
@@ -56,12 +59,13 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     base = given.base or pretrained(given)
     figures: Row = {"base": base, "steps": given.steps, "methods": {}}
-    for method, words in METHODS.items():
+    for method, (recipe, changes) in METHODS.items():
+        own = dict(change.split("=", 1) for change in (given.full if method == "full" else given.lora))
         run = given.folder / method
         files = [f"data.sources.0.path={given.train}", f"data.valid.path={given.valid}"]
         megalodon(
             "finetune",
-            words[0],
+            recipe,
             "--init-from",
             base,
             "-o",
@@ -70,7 +74,7 @@ def main() -> None:
             str(given.steps),
             *SHARED,
             *files,
-            *words[1:],
+            *(f"{key}={value}" for key, value in {**changes, **own}.items()),
         )
         figures["methods"][method] = {**scores(run), **ended(run, given)}
     full, lora = (figures["methods"][name] for name in METHODS)

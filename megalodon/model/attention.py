@@ -57,7 +57,8 @@ class Rotary(Float32Module):
 def rotary_frequencies(head_dim: int, base: float) -> Tensor:
     """1 / base^(2i/head_dim) for i < head_dim/2, rounded to float32 as the released buffer is: (head_dim/2,).
 
-    Formed on the CPU: for a power on the meta device, where a model to be loaded is laid out, torch imports its compiler.
+    Formed on the CPU: for a power on the meta device, where a model that is loaded is laid out, torch imports its
+    compiler, which takes longer than the rest of loading.
     """
     exponent = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
     return (1.0 / (base**exponent)).to(torch.get_default_device())

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -238,6 +240,19 @@ def test_a_model_directory_is_loaded_with_its_tokenizer(model, model_directory):
     assert not writer.model.training
     ids = ids_of(9)
     assert close(Session(writer.model).feed(ids), Session(model).feed(ids))
+
+
+def test_a_small_model_is_loaded_without_the_compiler(model_directory):
+    """Its imports took 1.5 s of the time to the first token."""
+    lines = (
+        "import sys",
+        "from pathlib import Path",
+        "from megalodon.inference.session import Session, load_writer",
+        f"Session(load_writer(Path({str(model_directory)!r})).model).feed([1, 2])",
+        "print([name for name in ('torch._dynamo', 'sympy', 'triton', 'datasets') if name in sys.modules])",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_another_tokenizer_is_refused(model_directory, edit_info):
