@@ -4,7 +4,6 @@ Not here: what a command does (commands/), what it prints with (console.py).
 """
 
 import errno
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -76,6 +75,12 @@ def _command(arguments: Sequence[str]) -> str:
     return next((text for text in arguments if text in COMMANDS), "")
 
 
+def _quoted(text: str) -> str:
+    """Return a text as YAML reads it in double quotes, whatever is in it: bytes of a path that are no text, too."""
+    plain = (c if c.isascii() and c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(plain)}"'
+
+
 def spelled(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with `--optim.lr 1e-3` written as the change `optim.lr=1e-3`, `-c FILE` as the recipe FILE.
 
@@ -102,7 +107,7 @@ def spelled(arguments: Sequence[str]) -> list[str]:
             example, came = "my.yaml" if recipe else EXAMPLES.get(key or "", "1e-3"), ", got nothing" if key else ""
             raise InputError(f"command line: {option}: expected a value, such as {option} {example}{came}")
         name = key or option.removeprefix("--")
-        shown.append(value if recipe else f"{name}={json.dumps(value) if key in PATHS else value}")
+        shown.append(value if recipe else f"{name}={_quoted(value) if key in PATHS else value}")
     return shown
 
 

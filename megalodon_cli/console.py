@@ -224,6 +224,11 @@ def mark(kind: Mark) -> str:
     return _paint(sign, code, sys.stdout)
 
 
+def printable(text: str) -> str:
+    """Return a text that data or a model wrote without what would steer a terminal; newlines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def marked(text: str, stream: TextIO | None = None) -> str:
     """Return a piece of a text that stands out: in colour, or in [[ ]] where there is none.
 

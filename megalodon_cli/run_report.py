@@ -156,7 +156,7 @@ def _side_by_side(found: dict[str, Any]) -> list[str]:
 
 def _cell(text: str) -> str:
     """Text of a model as it stands in a cell of a table, whatever is in it."""
-    plain = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    plain = console.printable(text)
     for sign in "\\|`*_<>[]#":
         plain = plain.replace(sign, f"\\{sign}")
     return plain.strip().replace("\n", "<br>") or "(nothing)"

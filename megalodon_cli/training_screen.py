@@ -64,7 +64,7 @@ def line_of(row: Mapping[str, Any], horizon: int | None = None) -> str:
         averaged = f"; averaged weights {_number(row['ema_valid_loss'], '.4f')}" if "ema_valid_loss" in row else ""
         return f"eval at step {step:,}: loss {_number(row.get('valid_loss'), '.4f')}{_bits(row)}{averaged}"
     if kind == "sample":
-        return f"sample at step {step:,}: {row['prompt']}|{row['text']}"
+        return f"sample at step {step:,}: {console.printable(row['prompt'] + '|' + row['text'])}"
     if kind == "health":
         memory = " ".join(_number(layer["memory"]["median"], ".0f") for layer in row["layers"])
         return f"health at step {step:,}: memory of layers (tokens) {memory}"
@@ -158,7 +158,7 @@ def _example(job: Job, tuning: Tuning) -> None:
     console.info(f"  examples {found}; template {tuning.chat.template.name}; the first one, trained where marked:")
     left, shown = SHOWN, []
     for text, trained in tuning.example:
-        part = text[:left]
+        part = console.printable(text[:left])
         shown.append(console.marked(part, sys.stderr) if trained and part else part)
         left -= len(part)
     more = " …" if sum(len(text) for text, _ in tuning.example) > SHOWN else ""
@@ -210,5 +210,5 @@ def ending(job: Job, result: "Result", how: Ending) -> None:
         console.result(f"  loss by position: {_by_position(last)}")
     for row in rows:
         if row["kind"] == "sample" and row["step"] == result.step:
-            console.result(f"  sample: {row['prompt']}|{row['text']}")
+            console.result(f"  sample: {console.printable(row['prompt'] + '|' + row['text'])}")
     console.result(f"  next: {' · '.join(how.following)}")

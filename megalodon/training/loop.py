@@ -549,6 +549,8 @@ class Trainer:
             self._restore(saved)
         else:
             self.run.initialise(self.model)
+            if self.average:  # it began as a copy of the weights that were drawn
+                self.average = AveragedWeights(self.model, self.average.decay)
         self.run.begin()
         self._cut_back()
         if saved is not None:

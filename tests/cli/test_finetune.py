@@ -307,3 +307,19 @@ def test_the_directory_of_a_run_of_another_kind_is_refused_in_one_line() -> None
     assert "--allow-change" not in done.stderr
     branch = finetune("--resume", "base/checkpoints/step-00000002", "-o", "x")
     assert branch.exit_code == 2 and "base holds a run of pretrain" in branch.stderr, branch.output
+
+
+def test_averaged_weights_begin_as_those_of_the_base() -> None:
+    done = finetune("optim.ema=0.9", "--stop-at-step", "1")
+    assert done.exit_code == 0, done.output
+    (first,) = (row for row in metrics("runs/finetune-chat") if row["kind"] == "eval" and row["step"] == 0)
+    assert first["ema_valid_loss"] == first["valid_loss"]
+
+
+def test_a_path_may_hold_any_character_and_an_example_none_that_steers_the_terminal() -> None:
+    rows = [{"messages": [{"role": "user", "content": "a\x1b[31m\rb"}, {"role": "assistant", "content": "c\x9bd"}]}]
+    path = write_chats('\U0001f988 \\u0041": c.jsonl', [*rows, *map(chat, range(40))])
+    done = finetune("--data", path, "--stop-at-step", "1")
+    assert done.exit_code == 0, done.output
+    assert "user\n  | a\ufffd[31m\ufffdb<|im_end|>" in done.stderr and "[[c\ufffdd<|im_end|>]]" in done.stderr
+    assert "\x1b" not in done.output
