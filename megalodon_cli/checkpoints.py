@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megalodon.errors import InputError
+from megalodon.errors import CheckpointError, InputError
 from megalodon_cli import console
 
 if TYPE_CHECKING:
@@ -119,8 +119,24 @@ def _model_of(run: Path) -> Path:
 
 
 def _result(run: Path) -> Path | None:
-    """What a finished run left: its model, else its adapter."""
-    return next((run / name for name in ("model", "adapter") if (run / name).is_dir()), None)
+    """What a finished run left: its model, else its adapter. A model merged from an adapter before it is not it."""
+    model, adapter = run / "model", run / "adapter"
+    if not adapter.is_dir():
+        return model if model.is_dir() else None
+    return model if model.is_dir() and _is_merged(model, adapter) else adapter
+
+
+def _is_merged(model: Path, adapter: Path) -> bool:
+    """Whether a model directory is the base of an adapter with this very adapter merged."""
+    from megalodon.checkpoint.adapter_files import WEIGHTS
+    from megalodon.checkpoint.store import read_json
+
+    try:
+        merged, own = (read_json(place / "megalodon.json") for place in (model, adapter))
+        same: bool = merged["merged_from"]["adapter"] == own["files"][WEIGHTS]["sha256"]
+    except (CheckpointError, KeyError, TypeError):
+        return False
+    return same
 
 
 def _finished() -> list[str]:

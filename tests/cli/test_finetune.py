@@ -112,6 +112,10 @@ def test_an_adapter_is_small_and_generate_and_convert_take_it() -> None:
     assert text("finetune-lora") == text("runs/finetune-lora/model") == by_adapter
     refused = CliRunner().invoke(app, command.split()[1:])
     assert refused.exit_code == 2 and "already exists" in refused.stderr
+    assert "using runs/finetune-lora/model" in CliRunner().invoke(app, ["generate", "finetune-lora", "-p", "a"]).stderr
+    assert finetune("--max-steps", "8", method="lora").exit_code == 0
+    longer = CliRunner().invoke(app, ["generate", "finetune-lora", "-p", "a"])
+    assert "using runs/finetune-lora/adapter" in longer.stderr, "the merged model is that of step 6"
     tuned = finetune("--init-from", "runs/finetune-lora/adapter", "-o", "x")
     assert tuned.exit_code == 2 and "is an adapter; expected a model, merge it first" in tuned.stderr
 
