@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megalodon_cli import console
 from megalodon_cli.job import Ending, Job, Tuning
+from megalodon_cli.training_job import result_name
 
 if TYPE_CHECKING:
     from megalodon.model.megalodon import ModelConfig
@@ -98,7 +99,7 @@ def _bits(row: Mapping[str, Any]) -> str:
 
 
 def _by_position(row: Mapping[str, Any]) -> str:
-    return "  ".join(f"{end}: {loss:.2f}" for end, loss in row["by_position"].items())
+    return "  ".join(f"{end}: {_number(loss, '.2f')}" for end, loss in row["by_position"].items())
 
 
 def _time(seconds: float) -> str:
@@ -202,7 +203,8 @@ def ending(job: Job, result: "Result", how: Ending) -> None:
         f"{done}: {result.step:,}/{job.plan.horizon:,} steps, {result.tokens:,} tokens, {_time(how.seconds)}{score}"
     )
     if last.get("ema_bits_per_byte") is not None:
-        console.result(f"  averaged weights, which model/ holds: {last['ema_bits_per_byte']:.3f} bits per byte")
+        holds = f"which {result_name(job)}/ holds"
+        console.result(f"  averaged weights, {holds}: {last['ema_bits_per_byte']:.3f} bits per byte")
     if bits is not None and unigram is not None:
         compared = f"{1 - bits / unigram:.1%} below" if bits <= unigram else f"{bits / unigram - 1:.1%} above"
         console.result(f"  unigram model of the same tokens: {unigram:.3f} bits per byte; this model is {compared} it")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from megalodon.errors import InputError
-from megalodon_cli import console
+from megalodon_cli import checkpoints, console
 
 
 def convert(
@@ -20,7 +20,7 @@ def convert(
     ] = False,
     base: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The base model, if it is not where it was.", rich_help_panel="Model"),
+        typer.Option(metavar="CKPT", help="The base model, if it is not where it was.", rich_help_panel="Model"),
     ] = None,
 ) -> None:
     """Write an adapter and its base as one model, which needs neither of them.
@@ -42,7 +42,7 @@ def convert(
         raise InputError(f"{source} is an adapter; expected --merge, which writes it and its base as one model")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} already exists; choose another directory or remove it")
-    merge_adapter(source, target, base)
+    merge_adapter(source, target, base and checkpoints.model_directory(str(base)))
     info = read_model_info(target)
     console.result(
         f"{target}: {info['merged_from']['base'][:8]} with adapter {info['merged_from']['adapter'][:8]} merged"

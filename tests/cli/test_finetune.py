@@ -110,6 +110,10 @@ def test_an_adapter_is_small_and_generate_and_convert_take_it() -> None:
     assert merged.exit_code == 0 and "merged" in merged.stdout, merged.output
     assert (run / "model/chat_template.jinja").exists()
     assert text("finetune-lora") == text("runs/finetune-lora/model") == by_adapter
+    shutil.move("base", "moved")
+    elsewhere = CliRunner().invoke(app, ["convert", str(run / "adapter"), "whole", "--merge", "--base", "moved"])
+    assert elsewhere.exit_code == 0, "a run stands for its model, as everywhere"
+    shutil.move("moved", "base")
     refused = CliRunner().invoke(app, command.split()[1:])
     assert refused.exit_code == 2 and "already exists" in refused.stderr
     assert "using runs/finetune-lora/model" in CliRunner().invoke(app, ["generate", "finetune-lora", "-p", "a"]).stderr
@@ -318,6 +322,14 @@ def test_averaged_weights_begin_as_those_of_the_base() -> None:
     assert done.exit_code == 0, done.output
     (first,) = (row for row in metrics("runs/finetune-chat") if row["kind"] == "eval" and row["step"] == 0)
     assert first["ema_valid_loss"] == first["valid_loss"]
+    adapter = finetune("optim.ema=0.9", "--max-steps", "2", method="lora")
+    assert "averaged weights, which adapter/ holds: " in adapter.stdout, adapter.output
+
+
+def test_a_loss_that_is_no_number_is_shown_as_none() -> None:
+    done = finetune("optim.lr=1e30", "--max-steps", "2", "eval.samples.prompts=[]")
+    assert done.exit_code == 0, done.output
+    assert "loss by position: 32: -  64: -" in done.stdout
 
 
 def test_a_path_may_hold_any_character_and_an_example_none_that_steers_the_terminal() -> None:
