@@ -4,13 +4,14 @@ Not here: the step and its loop (megalodon/training/loop.py), the order of thing
 (finetune_job.py), what is shown (training_screen.py).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalodon.errors import DataError
+from megalodon.errors import DataError, NumericalError
 from megalodon_cli import console, run_start
 from megalodon_cli.job import Asked, Ending, Job
 
@@ -257,6 +258,12 @@ def finish(job: Job, record: "RunRecord", result: "Result", unigram: float | Non
     scores |= {"bits_per_byte_at_start": start.get("bits_per_byte"), "unigram_bits_per_byte": unigram}
     exported = result.status == "finished" and job.config.checkpoint.export
     if exported:
+        loss = scores["valid_loss"]  # there is an evaluation at the end of every finished run
+        if loss is None or not math.isfinite(loss):
+            raise NumericalError(
+                f"step {result.step:,}: the validation loss is not finite, so the model is not exported",
+                "lower optim.lr, or go on from an earlier step: --resume STEP_DIR -o DIRECTORY",
+            )
         progress = {"step": result.step, "tokens": result.tokens}
         export(job, result.model, job.directory / result_name(job), progress, scores)
     status = "finished" if result.status == "finished" else "stopped"

@@ -49,6 +49,8 @@ RESERVE_BYTES, RESERVE_FILES = 16 * 2**20, 16
 _WRITER = secrets.token_hex(4)
 """Tells what this process writes aside from what another one left."""
 _STEP = re.compile(r"step-(\d{8,})")
+_SHOWN = 5
+"""Tensors that a message names; the others are counted."""
 
 
 class CheckpointConfig(Config):
@@ -401,7 +403,7 @@ def load_tensors(saved: Saved, targets: Mapping[str, Tensor]) -> None:
     """Fill live tensors in place from a checkpoint that must hold exactly these, with equal shapes and dtypes.
 
     Raises:
-        CheckpointError: the full list of missing, unexpected and different tensors; nothing was changed then. Or a file
+        CheckpointError: the first of the missing, unexpected and different tensors; nothing was changed then. Or a file
             that verified cannot be read any more; the targets are worth nothing then.
     """
     listed, wanted = _forms(saved.manifest), {name: form_of(target) for name, target in targets.items()}
@@ -410,7 +412,8 @@ def load_tensors(saved: Saved, targets: Mapping[str, Tensor]) -> None:
     differ = [name for name, form in wanted.items() if listed.get(name, form) != form]
     problems += [f"{name} is {listed[name]}, expected {wanted[name]}" for name in differ]
     if problems:
-        raise CheckpointError(f"{saved.path} does not fit this model: {'; '.join(problems)}")
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(f"{saved.path} does not fit this model: {'; '.join(problems[:_SHOWN])}{more}")
     boxes = read_all_boxes(saved.path / "tensors", len(wanted))
     check_coverage(boxes, wanted, saved.path)
     read_tensors(boxes, targets)

@@ -24,6 +24,8 @@ ROLES = ("system", "user", "assistant")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _ENDINGS = (".jsonl", ".ndjson", ".json")
 _BOM = b"\xef\xbb\xbf"
+_UNREAD = ("weight", "loss", "train", "tool_calls", "tool_call_id", "function_call")
+"""Keys of a turn that others take for a part of the conversation, or for whether it is trained on."""
 _MAX_ARRAY = 1 << 30
 """Bytes of a .json file, whose one list is held whole."""
 
@@ -170,6 +172,12 @@ class _Reader(NamedTuple):
                 )
             if not isinstance(text, str):
                 raise DataError(f"{self.place}: turn {number} has {content} {_shown(text)}; expected text")
+            if unread := [key for key in _UNREAD if turn.get(key) not in (None, [], 1, True)]:
+                shown = _shown(turn[unread[0]])
+                raise DataError(
+                    f"{self.place}: turn {number} has {unread[0]} {shown}, which is not honoured here; "
+                    "expected role and content alone; take it out or leave the conversation out"
+                )
             found.append({"role": str(speaker), "content": text})
         return found
 

@@ -327,9 +327,17 @@ def test_averaged_weights_begin_as_those_of_the_base() -> None:
 
 
 def test_a_loss_that_is_no_number_is_shown_as_none() -> None:
-    done = finetune("optim.lr=1e30", "--max-steps", "2", "eval.samples.prompts=[]")
+    done = finetune("optim.lr=1e30", "--max-steps", "2", "eval.samples.prompts=[]", "checkpoint.export=false")
     assert done.exit_code == 0, done.output
     assert "loss by position: 32: -  64: -" in done.stdout
+
+
+def test_a_model_that_diverged_is_not_exported() -> None:
+    done = finetune("optim.lr=1e30", "--max-steps", "2", "eval.samples.prompts=[]")
+    assert done.exit_code == 5, done.output
+    assert "error: step 2: the validation loss is not finite, so the model is not exported" in done.stderr
+    assert not Path("runs/finetune-chat/model").exists()
+    assert record("runs/finetune-chat")["status"] == "failed"
 
 
 def test_a_path_may_hold_any_character_and_an_example_none_that_steers_the_terminal() -> None:

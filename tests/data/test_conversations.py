@@ -24,7 +24,12 @@ def written(path: Path, *records: Any) -> list[Path]:
 @pytest.mark.parametrize(
     ("layout", "record", "fields", "turns"),
     [
-        ("messages", {"messages": [SYSTEM, USER, ANSWER], "id": 7}, {}, [SYSTEM, USER, ANSWER]),
+        (
+            "messages",
+            {"messages": [SYSTEM, {**USER, "name": "x"}, {**ANSWER, "weight": 1}], "id": 7},
+            {},
+            [SYSTEM, USER, ANSWER],
+        ),
         ("messages", {"chat": [{"who": "bot", "content": "Hello"}]}, None, None),
         (
             "sharegpt",
@@ -101,6 +106,11 @@ def test_folders_arrays_and_byte_order_marks(tmp_path: Path) -> None:
         ),
         ([{"messages": [{"role": None, "content": "a"}]}], "turn 1 has role null"),
         ([{"messages": [{"role": "user", "content": ["a"]}]}], r'turn 1 has content \["a"\]; expected text'),
+        ([{"messages": [USER, {**ANSWER, "weight": 0}]}], r"turn 2 has weight 0, which is not honoured here"),
+        (
+            [{"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}],
+            r"turn 2 has tool_calls \[{}\], which is not honoured",
+        ),
         ([{"messages": [USER, USER]}], "turn 2 has role user, expected assistant"),
         ([{"messages": [ANSWER]}], "turn 1 has role assistant, expected system or user"),
         ([{"messages": [USER, SYSTEM]}], "turn 2 has role system, expected assistant"),
