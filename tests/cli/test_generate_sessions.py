@@ -1,5 +1,6 @@
 """`megalodon generate` with files: --read, --state, --save-state, --rebuild, --samples, --input, chat templates."""
 
+import errno
 import json
 import os
 import shutil
@@ -320,12 +321,13 @@ def test_bad_lines_get_their_errors_and_the_rest_goes_on(text):
         b'{"messages": [{"role": "user", "content": "x"}]}': "in.jsonl:15: messages need a chat template",
         b'{"prompt": "' + b"x" * (1 << 24) + b'"}': "in.jsonl:16: longer than 16 MiB",
         b'{"prompt": "good", "id": 1}': "in.jsonl:17: id 1 came before",
+        b'{"prompt": "x", "temperature": 1' + b"0" * 400 + b"}": "in.jsonl:18: temperature is a number of 401 digits",
     }
     Path("in.jsonl").write_bytes(b"\n".join([*mistakes, b'{"prompt": "good", "id": "last"}']))
     done = run(text, "--input", "in.jsonl", "--output", "out.jsonl", "-n", 2)
-    refused(done, "17 lines of in.jsonl could not be used; their errors stand in out.jsonl", code=1)
+    refused(done, "18 lines of in.jsonl could not be used; their errors stand in out.jsonl", code=1)
     found = lines("out.jsonl")
-    assert len(found) == 18
+    assert len(found) == 19
     for line, expected in zip(found[:-1], mistakes.values(), strict=True):
         assert line["finish_reason"] == "error"
         assert line["error"].startswith(expected), line["error"]
@@ -345,6 +347,38 @@ def test_a_run_that_was_broken_off_goes_on(text):
     refused(run(*arguments, "--output", "whole.jsonl"), "whole.jsonl is there already; --continue goes on with it")
     refused(run(*arguments, "--output", "book.txt", "--continue"), "book.txt:1: is no answer of ours")
     assert Path("book.txt").read_text() == BOOK
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', '{"id": 1, "a": 1}', "notes", '{"a": 1}\n{"b": 2'])
+def test_a_file_that_is_no_file_of_answers_is_left_alone(text, content):
+    Path("in.jsonl").write_text('{"prompt": "x"}\n')
+    Path("mine.json").write_text(content)
+    done = run(text, "--input", "in.jsonl", "--output", "mine.json", "--continue", "-n", 2)
+    refused(done, "mine.json:1: is no answer of ours")
+    assert Path("mine.json").read_text() == content
+
+
+def test_prompts_are_not_answered_into_their_own_file(text):
+    Path("in.jsonl").write_text('{"prompt": "x"}')
+    for options in ((), ("--continue",)):
+        refused(run(text, "--input", "in.jsonl", "--output", "in.jsonl", *options), "in.jsonl is both --input and")
+    assert Path("in.jsonl").read_text() == '{"prompt": "x"}'
+    refused(run(text, "--input", "in.jsonl", "--output", "/dev/zero", "--continue"), "/dev/zero: is no regular file")
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(errno.ENOSPC, 3), (errno.EPIPE, 0)])
+def test_a_full_disk_is_no_mistake_of_the_user_and_a_closed_pipe_none_at_all(text, monkeypatch, code, exit_code):
+    Path("in.jsonl").write_text('{"prompt": "x"}\n')
+
+    def broken(number):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    monkeypatch.setattr("megalodon_cli.app._closed_pipe", lambda: 0)
+    done = run(text, "--input", "in.jsonl", "--output", "out.jsonl", "-n", 2)
+    assert done.exit_code == exit_code, done.stderr
+    if exit_code:
+        refused(done, "out.jsonl: no space left on device; free some, then --continue", code=3)
 
 
 def test_a_file_of_conversations(chat):
