@@ -179,10 +179,10 @@ def generate(
     system = read_system(system)
     if source is not None or output is not None or go_on:
         given = {"-p": prompt, "-f": file, "--read": read, "--state": state, "--save-state": save_state}
-        _check_batch(source, output, [name for name, value in given.items() if value], samples)
+        _check_batch(source, output, [name for name, value in given.items() if value is not None], samples)
     files.check()
-    chat = chat or (not (prompt or file or read or state or source) and sys.stdin.isatty())
-    if chat and (prompt or file or source or console.wants_json()):
+    chat = chat or (not (prompt is not None or file or read or state or source) and sys.stdin.isatty())
+    if chat and (prompt is not None or file or source or console.wants_json()):
         raise InputError("--chat is given with -p, -f, --input or --json; expected --chat alone")
     if samples > 1 and (save_state or chat):
         raise InputError(f"--samples {samples}: several answers are neither saved nor talked to; expected --samples 1")

@@ -79,6 +79,22 @@ def refused(result, *words: str, code: int = 2) -> None:
 # ----------------------------------------------------------------------------------------------- sessions
 
 
+def test_a_session_never_takes_the_place_of_another_file(text):
+    for target in ("book.txt", text / "model.safetensors"):
+        before = Path(target).read_bytes()
+        done = run(text, "--read", "book.txt", "--save-state", target)
+        refused(done, "is there and is no session")
+        assert "read book.txt" not in done.stderr  # said before anything is read
+        assert Path(target).read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_read(text, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: mode != os.W_OK)
+    done = run(text, "--read", "book.txt", "--save-state", "book.mega")
+    refused(done, "book.mega: the folder . cannot be written to", code=3)
+    assert "read book.txt" not in done.stderr
+
+
 @pytest.mark.parametrize("kv", [(), ("--kv",)])
 def test_a_book_is_read_once_and_asked_often(text, kv):
     done = run(text, "--read", "book.txt", "--save-state", "book.mega", *kv)
@@ -266,6 +282,23 @@ def test_a_conversation_goes_on_in_another_run(chat):
     assert again.exit_code == 0, again.stderr
     greedy = ("-p", "So?", "-n", 8, "--temperature", 0)
     assert body(chat, "--state", "again.mega", *greedy)["text"] == body(chat, "--state", "s.mega", *greedy)["text"]
+
+
+def test_a_system_text_given_later_leaves_the_branches(chat):
+    from megalodon.inference.conversation import Conversation
+    from megalodon.inference.sampling import SamplingConfig
+    from megalodon.inference.session import Answering, Session, load_writer
+
+    writer = load_writer(chat)
+    talk = Conversation(writer, Session(writer.model))
+    list(talk.ask("Hello", Answering(SamplingConfig(), 3)))
+    talk.new(None)
+    talk.save(Path("s.mega"))
+    done = run(chat, "--state", "s.mega", "--system", "Be brief.", "-p", "x", "-n", 3, "--save-state", "s.mega")
+    assert done.exit_code == 0, done.stderr
+    found = Conversation.load(writer, Path("s.mega"))
+    assert found.branches == talk.branches
+    assert found.messages[0] == {"role": "system", "content": "Be brief."}
 
 
 # ----------------------------------------------------------------------------------------------- files of prompts
