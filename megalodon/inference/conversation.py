@@ -124,7 +124,8 @@ class Conversation:
         """A user's turn; iterating over what is returned reads it and yields the answer as it is written.
 
         At the end `answer` says how it went. Broken off before, the conversation stays where it was. `given_up` is
-        asked after every token; once it says so, what was said so far is the answer.
+        asked after every token; once it says so, what was said so far is the answer. While the turn is read it raises
+        GivenUp instead: nothing was said.
         Raises: InputError for an empty turn; DataError if the template refuses it. Nothing has changed then.
         """
         before, new = self._place(), self._new(text)
@@ -153,7 +154,7 @@ class Conversation:
         how = how._replace(sampling=replace(how.sampling, seed=(how.sampling.seed + self._asked) % 2**63))
         self._asked += 1
         writing = Writing(self.session, self.writer.tokenizer, ids, how, self._ends, self._allowed, given_up)
-        writing.done, writing.undone = done, lambda: self._go(before)
+        writing.done, writing.undone, writing.unwanted = done, lambda: self._go(before), given_up
         return writing
 
     def samples(self, text: str | None, how: Answering, count: int) -> list[Written]:

@@ -19,6 +19,7 @@ from megalodon.checkpoint.tensors import save_model
 from megalodon.data.chat import ChatFormat, load_template
 from megalodon.data.tokenizer import ByteTokenizer
 from megalodon_cli.app import app
+from megalodon_cli.chat_screen import Interrupts
 
 TOKENIZER = ByteTokenizer(reserve=2)
 SIZES = {"vocab_size": TOKENIZER.vocab_size, "chunk_size": 16}
@@ -235,6 +236,22 @@ def test_ctrl_c_ends_the_answer_and_saves_the_session(text):
     assert child.returncode == 130, told
     assert "saved s.mega" in told
     assert body(text, "--state", "s.mega", "-n", 3)["new_tokens"] == 3
+
+
+def test_ctrl_c_before_the_answer_saves_what_was_read(text, monkeypatch):
+    class Asked(Interrupts):
+        asked = property(lambda self: True, lambda self, value: None)
+
+    monkeypatch.setattr("megalodon_cli.chat_screen.Interrupts", Asked)
+    done = run(text, "--read", "book.txt", "-p", "Once", "-n", 3, "--save-state", "s.mega")
+    assert (done.exit_code, done.stdout) == (130, ""), done.stderr
+    assert (
+        f"saved s.mega: {Path('s.mega').stat().st_size / 1e3:.0f} kB, {len(BOOK) + 1:,} tokens, 0 answers"
+        in done.stderr
+    )
+    done = run(text, "-p", "Once", "-n", 3, "--save-state", "none.mega")
+    assert (done.exit_code, done.stdout) == (130, ""), done.stderr
+    assert "error" not in done.stderr and not Path("none.mega").exists()
 
 
 # ----------------------------------------------------------------------------------------------- answers

@@ -22,7 +22,7 @@ from megalodon.inference.conversation import (
     exported,
 )
 from megalodon.inference.sampling import SamplingConfig
-from megalodon.inference.session import Answering, Owner, Session, Snapshot, Writer
+from megalodon.inference.session import Answering, GivenUp, Owner, Session, Snapshot, Writer
 from megalodon.inference.session_file import KEPT_TURNS, load_history
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
@@ -119,8 +119,8 @@ def test_answers_end_by_length_stop_text_and_will(model):
     assert talk.answer is not None
     assert (talk.answer.finish, talk.answer.new_tokens) in {("length", 30), ("stop", talk.answer.new_tokens)}
     talk.undo()
-    count = iter(range(100))
-    cut = "".join(talk.ask("Hello", HOW._replace(sampling=SamplingConfig(seed=2)), lambda: next(count) == 4))
+    writing = talk.ask("Hello", HOW._replace(sampling=SamplingConfig(seed=2)), lambda: len(writing.ids) == 5)
+    cut = "".join(writing)
     assert talk.answer.finish == "interrupted"
     assert talk.answer.new_tokens == 5
     assert talk.messages[-1]["content"] == cut
@@ -260,6 +260,19 @@ def test_a_retry_that_is_broken_off_gives_the_answer_back(model, monkeypatch):
         talk.retry(HOW)
     assert (talk.entries, read_ids(talk)) == (before, ids)
     assert talk.undo(2) == before
+
+
+def test_a_turn_that_is_given_up_while_it_is_read_leaves_nothing(model):
+    talk = talk_of(model)
+    talk.session.piece = 32
+    say(talk, "one")
+    before, ids = talk.entries, read_ids(talk)
+    asked = iter([False] * 100)
+    answer = talk.ask("word " * 100, HOW, lambda: next(asked, True))
+    with pytest.raises(GivenUp):
+        list(answer)
+    assert (talk.entries, read_ids(talk)) == (before, ids)
+    assert agrees(talk)
 
 
 def interrupted(*_: object) -> None:
