@@ -194,7 +194,7 @@ class Chat:
         console.info(f"{name} {number}")
 
     def _status(self, rest: str) -> None:
-        talk, state = self.talk, self.talk.session.state
+        talk = self.talk
         for name in SETTINGS:
             value = (
                 self.how.max_new_tokens
@@ -203,7 +203,7 @@ class Chat:
             )
             console.result(f"{name:<20}{value}")
         console.result(f"{'context':<20}{talk.session.position:,} tokens, {talk.turns} answers")
-        console.result(f"{'state':<20}{console.amount(state.num_bytes(), ' ', 'G')}B (constant)")
+        console.result(f"{'state':<20}{console.amount(talk.session.memory, ' ', 'G')}B (constant)")
         console.result(f"{'branch':<20}{talk.current}; others: {self._others()}")
         console.result(f"{'system':<20}{talk.system or '-'}")
 

@@ -186,7 +186,7 @@ def write_samples(talk: "Conversation", text: str | None, how: "Answering", coun
 
 def report(talk: "Conversation", directory: Path, how: "Answering", written: Written | None) -> None:
     """Say what it cost, and print the document."""
-    size = talk.session.state.num_bytes()
+    size = talk.session.memory
     place = f"context {talk.session.position:,}, state {_size(size)} (constant)"
     console.info(f"{written.footer}, {place}, seed {how.sampling.seed}" if written else place)
     common: dict[str, Any] = {

@@ -112,6 +112,11 @@ class Session:
         return cast(State, self._state)
 
     @property
+    def memory(self) -> int:
+        """Bytes that hold all before the open chunk: the same at any length, if reading began at a boundary."""
+        return self._past.state.num_bytes()
+
+    @property
     def position(self) -> int:
         """Tokens read so far."""
         return self._past.position + len(self._tail)
