@@ -151,6 +151,8 @@ class Shell(TyperGroup):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command line. Returns the exit code, or exits with it in standalone mode."""
         standalone = extra.pop("standalone_mode", True)
+        if sys.stdin is None:  # closed by whoever started us
+            sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  # to the end, as stdin is
         line = args[0] if args else extra.pop("args", None)
         given = list(sys.argv[1:] if line is None else line)
         console.configure(console.Settings(json="--json" in given and bool(JSON & set(given))))

@@ -102,6 +102,10 @@ class Chat:
                 console.error(str(error))
                 if error.hint:
                     console.hint(error.hint)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                console.error(f"{error.filename or 'disk'}: {(error.strerror or str(error)).lower()}")
 
     def _turn(self) -> str:
         """One turn of the person: a line, or a block between lines of three quotes. Raises: EOFError at the end."""
@@ -169,8 +173,6 @@ class Chat:
         console.info(f"a new conversation, branch {name}; the others: {self._others()}")
 
     def _system(self, rest: str) -> None:
-        if not self.talk.writer.chat:
-            raise InputError("/system needs a chat template, which this model does not have")
         name = self.talk.new(rest)
         console.info(f"a new conversation under this system text, branch {name}; the others: {self._others()}")
 
@@ -192,7 +194,7 @@ class Chat:
         console.info(f"{name} {number}")
 
     def _status(self, rest: str) -> None:
-        talk, state = self.talk, self.talk.session.state
+        talk = self.talk
         for name in SETTINGS:
             value = (
                 self.how.max_new_tokens
@@ -201,7 +203,7 @@ class Chat:
             )
             console.result(f"{name:<20}{value}")
         console.result(f"{'context':<20}{talk.session.position:,} tokens, {talk.turns} answers")
-        console.result(f"{'state':<20}{console.amount(state.num_bytes(), ' ', 'G')}B (constant)")
+        console.result(f"{'state':<20}{console.amount(talk.session.memory, ' ', 'G')}B (constant)")
         console.result(f"{'branch':<20}{talk.current}; others: {self._others()}")
         console.result(f"{'system':<20}{talk.system or '-'}")
 
@@ -221,7 +223,7 @@ class Chat:
         self._answer(lambda: self.talk.retry(self.how, self._given_up))
 
     def _undo(self, rest: str) -> None:
-        if rest and not rest.isdecimal():
+        if rest and not (rest.isdecimal() and len(rest) < 10):
             raise InputError(f"/undo: expected a number of turns, got `{rest}`")
         undone = self.talk.undo(int(rest or 1))
         console.info(f"taken back: {len(undone)} entries; {self.talk.turns} answers are left")
@@ -304,6 +306,8 @@ def history_file() -> Path | None:
 
 
 def _path(text: str) -> Path:
+    if "\0" in text:
+        raise InputError("a file name cannot hold the character 0")
     return Path(text.strip("'\"")).expanduser()
 
 
@@ -319,8 +323,11 @@ def _terminal_lines(history: Path | None) -> Callable[[str], str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.output import create_output
 
     kept: Any = FileHistory(str(history)) if history else InMemoryHistory()
     words = WordCompleter([f"/{name}" for name in COMMANDS], sentence=True)
-    session: Any = PromptSession(history=kept, completer=words, complete_while_typing=False)
+    # Where answers go to a file, prompts are drawn on stderr.
+    screen = create_output(always_prefer_tty=True)
+    session: Any = PromptSession(history=kept, completer=words, complete_while_typing=False, output=screen)
     return lambda prompt: str(session.prompt(prompt))

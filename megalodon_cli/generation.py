@@ -1,11 +1,12 @@
 """What `megalodon generate` shows while it reads, writes and answers files. Not here: its options, the work itself."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from megalodon.errors import InputError, MegalodonError
+from megalodon.errors import EnvironmentFault, InputError, MegalodonError
 from megalodon_cli import console
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class SessionFiles(NamedTuple):
     rebuild: bool
 
     def check(self) -> None:
-        """Raises: InputError before anything is loaded, for options that do not fit or a place that is not there."""
+        """Raises: InputError before anything is loaded, for options that do not fit or a place that cannot be used."""
         if self.kv and self.save_state is None:
             raise InputError("--kv goes with --save-state FILE: it keeps keys and values in that file")
         if self.rebuild and self.state is None:
@@ -38,6 +39,12 @@ class SessionFiles(NamedTuple):
             raise InputError(f"{self.state}: no such file; expected a session that --save-state or /save wrote")
         if self.save_state is not None and (self.save_state.is_dir() or not self.save_state.parent.is_dir()):
             raise InputError(f"{self.save_state}: expected a file in a folder that is there")
+        if self.save_state is not None:
+            from megalodon.inference.session_file import check_target
+
+            check_target(self.save_state)
+            if not os.access(self.save_state.parent, os.W_OK):
+                raise EnvironmentFault(f"{self.save_state}: the folder {self.save_state.parent} cannot be written to")
 
 
 class Progress:
@@ -92,7 +99,7 @@ def open_conversation(
     if system is not None:
         if talk.messages:
             raise InputError(f"{files.state} holds turns already, so its system text cannot change; leave --system out")
-        talk = Conversation(writer, talk.session, system, talk.entries, raw=raw)
+        talk.system = system
     return talk
 
 
@@ -179,7 +186,7 @@ def write_samples(talk: "Conversation", text: str | None, how: "Answering", coun
 
 def report(talk: "Conversation", directory: Path, how: "Answering", written: Written | None) -> None:
     """Say what it cost, and print the document."""
-    size = talk.session.state.num_bytes()
+    size = talk.session.memory
     place = f"context {talk.session.position:,}, state {_size(size)} (constant)"
     console.info(f"{written.footer}, {place}, seed {how.sampling.seed}" if written else place)
     common: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megalodon.inference.sampling import Chooser, SamplingConfig, allowed_ids
-from megalodon.inference.session import Session, Writer, generate
+from megalodon.inference.session import Session, Writer
 from megalodon.inference.stream import Stops, TokenStream
 from megalodon.model.decoder import Decoder
 from megalodon.model.state import State, stack_states
@@ -55,14 +55,12 @@ def write_together(
     for session, request in zip(sessions, requests, strict=True):
         row = _Row(writer, request, ends, allowed)
         rows.append(row)
-        if session.norm_stats == "window":  # statistics are renewed at other steps in each row: one by one
-            tokens = generate(session, request.ids, request.max_new_tokens, request.sampling, (), allowed)
-            for token in tokens:
-                if not row.take(token):
-                    break
-            continue
         if request.ids:
             session.feed(request.ids)
+        if session.norm_stats == "window":  # statistics are renewed at other steps in each row: one by one
+            while row.take(token := row.choose(session.logits)):
+                session.step(token)
+            continue
         states.append(session.state)
         logits.append(session.logits)
     if states:

@@ -8,6 +8,7 @@ by a run that was broken off is continued: a line cut short is removed, lines wh
 Not here: the writing (batch.py), the screen (megalodon_cli).
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 from megalodon.data.conversations import ROLES, check_turns
 from megalodon.data.reading import MAX_RECORD
-from megalodon.errors import DataError, InputError
+from megalodon.errors import DataError, EnvironmentFault, InputError
 from megalodon.inference.batch import Request, write_together
 from megalodon.inference.norm_window import NormStats
 from megalodon.inference.sampling import SamplingConfig
@@ -80,10 +81,13 @@ def write_answers(
         told:       after each line that was written: the line, and how far the file is.
     Raises:
         InputError: a file cannot be read or written, or the target is there, or what it holds are no answers.
+        EnvironmentFault: the disk is full; what was written is continued with `go_on`.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
     try:
+        if target.exists() and source.samefile(target):
+            raise InputError(f"{target} is both --input and --output; expected another file for the answers")
         finished = _finished(target) if go_on else set[str]()
         with source.open("rb") as stream, target.open("ab" if go_on else "xb") as out:
             reader = _Lines(writer, source, defaults, finished)
@@ -104,7 +108,11 @@ def write_answers(
             return done._replace(skipped=reader.skipped, failed=done.failed + reader.failed_before)
     except FileExistsError:
         raise InputError(f"{target} is there already; --continue goes on with it, or choose another --output") from None
+    except BrokenPipeError:  # whoever follows on stdout has enough
+        raise
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentFault(f"{target}: {str(error.strerror).lower()}; free some, then --continue") from error
         raise InputError(f"{error.filename or target}: {(error.strerror or str(error)).lower()}") from None
 
 
@@ -129,24 +137,42 @@ def _answered(writer: Writer, group: list[_Line], defaults: Defaults) -> Iterato
 
 
 def _finished(target: Path) -> set[str]:
-    """The ids that stand in a file of answers, after removing a last line that was cut short."""
+    """The ids that stand in a file of answers, after removing a last line that was cut short.
+
+    Raises: InputError if a line is no answer; then the file stays as it is.
+    """
     found: set[str] = set()
     if not target.exists():
         return found
-    with target.open("r+b") as file:
-        good = 0
+    if not target.is_file():
+        raise InputError(f"{target}: is no regular file; expected the --output of an earlier run")
+    good = 0
+    with target.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n"):
-                file.truncate(good)
+            if not raw.endswith(b"\n") and _cut_short(raw):
                 break
             try:
-                found.add(_key(json.loads(raw)["id"], json.loads(raw)["finish_reason"] == "error"))
+                record = json.loads(raw)
+                found.add(_key(record["id"], record["finish_reason"] == "error"))
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise InputError(
                     f"{target}:{number}: is no answer of ours; expected the --output of an earlier run"
                 ) from None
             good += len(raw)
+    if good < target.stat().st_size:
+        os.truncate(target, good)
     return found
+
+
+def _cut_short(raw: bytes) -> bool:
+    """Whether a last line without its end is one of ours, all of which begin with their id."""
+    begin = b'{"id": '
+    if not (raw.startswith(begin) or begin.startswith(raw)):
+        return False
+    try:
+        return "finish_reason" in json.loads(raw)
+    except (ValueError, RecursionError):
+        return True
 
 
 def _key(identity: object, failed: bool = False) -> str:
@@ -203,12 +229,16 @@ class _Lines:
             raise DataError(f"{place}: max_new_tokens is {limit}; expected at least 1")
         seed = _number(place, record, "seed", given.sampling.seed + number - 1, whole=True)
         temperature = _number(place, record, "temperature", given.sampling.temperature)
+        try:
+            temperature = float(temperature)
+        except OverflowError:
+            raise DataError(f"{place}: temperature is a number of {len(str(temperature))} digits") from None
         stop = record.get("stop")
         stop = [stop] if isinstance(stop, str) else stop
         if stop is not None and not (isinstance(stop, list) and all(isinstance(text, str) for text in stop)):
             raise DataError(f"{place}: stop is {_shown(stop)}; expected text or a list of texts")
         try:
-            sampling = replace(given.sampling, seed=int(seed), temperature=float(temperature))
+            sampling = replace(given.sampling, seed=int(seed), temperature=temperature)
             stops = self.stops if stop is None else Stops(stop)
             return Request(self._ids(place, record), int(limit), sampling, stops)
         except InputError as error:

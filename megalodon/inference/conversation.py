@@ -90,10 +90,18 @@ class Conversation:
         self.answer: Answer | None = None
         """How the last answer went; None before the first one."""
         self.system = system
-        if system is not None and self._chat is None:
-            raise InputError(
-                "a system text needs a chat template, which this model does not have; finetune it with one"
-            )
+
+    @property
+    def system(self) -> str | None:
+        """What the model is told first. Setting it raises: InputError without a chat template."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        if text is not None and self._chat is None:
+            why = "and --raw uses none" if self.writer.chat else "which this model does not have; finetune it with one"
+            raise InputError(f"a system text needs a chat template, {why}")
+        self._system = text
 
     @property
     def end(self) -> int:
@@ -116,7 +124,8 @@ class Conversation:
         """A user's turn; iterating over what is returned reads it and yields the answer as it is written.
 
         At the end `answer` says how it went. Broken off before, the conversation stays where it was. `given_up` is
-        asked after every token; once it says so, what was said so far is the answer.
+        asked after every token; once it says so, what was said so far is the answer. While the turn is read it raises
+        GivenUp instead: nothing was said.
         Raises: InputError for an empty turn; DataError if the template refuses it. Nothing has changed then.
         """
         before, new = self._place(), self._new(text)
@@ -124,9 +133,12 @@ class Conversation:
 
     def go_on(self, how: Answering, given_up: Callable[[], bool] = lambda: False) -> Writing:
         """Write on where the session stands. Raises: InputError if the last turn of a chat has its answer."""
+        self._check_unanswered()
+        return self._answer(self._place(), (), [], how, given_up)
+
+    def _check_unanswered(self) -> None:
         if self._chat and self.turns:
             raise InputError("the last turn of this session has its answer; ask something: -p TEXT")
-        return self._answer(self._place(), (), [], how, given_up)
 
     def _answer(
         self, before: "_Place", new: tuple[Message, ...], ids: list[int], how: Answering, given_up: Callable[[], bool]
@@ -142,14 +154,16 @@ class Conversation:
         how = how._replace(sampling=replace(how.sampling, seed=(how.sampling.seed + self._asked) % 2**63))
         self._asked += 1
         writing = Writing(self.session, self.writer.tokenizer, ids, how, self._ends, self._allowed, given_up)
-        writing.done, writing.undone = done, lambda: self._go(before)
+        writing.done, writing.undone, writing.unwanted = done, lambda: self._go(before), given_up
         return writing
 
     def samples(self, text: str | None, how: Answering, count: int) -> list[Written]:
         """Write several answers to one turn (None: go on), all at once; none becomes part of the conversation.
 
-        Sample i has the seed of `how` plus i - 1. Raises: as `ask`.
+        Sample i has the seed of `how` plus i - 1. Raises: as `ask`, or as `go_on`.
         """
+        if text is None:
+            self._check_unanswered()
         before = self._place()
         ids = self._opening((*self.messages, *self._new(text))) if text is not None else []
         stops, seed = Stops(how.stop), how.sampling.seed
@@ -277,8 +291,8 @@ class Conversation:
             else:
                 talk._close(talk._text_ids(entry["content"]))
                 talk.entries = (*talk.entries, entry)
-        if talk.system is not None and talk._chat is None:
-            raise InputError("the session has a system text, which needs a chat template; this model has none in use")
+        if not talk.messages:
+            talk.system = history.system
         return talk
 
     # ------------------------------------------------------------------------------------------- back and aside
@@ -296,12 +310,22 @@ class Conversation:
         return undone
 
     def retry(self, how: Answering, given_up: Callable[[], bool] = lambda: False) -> Writing:
-        """Ask the last question again, with the next seed. Raises: InputError if the last thing was no question."""
+        """Ask the last question again, with the next seed; broken off, the answer there was is there again.
+
+        Raises: InputError if the last thing was no question.
+        """
+        before = self._place()
         last = next((e["content"] for e in reversed(self.messages) if e["role"] == "user"), None)
         if last is None or isinstance(self.entries[-1], Reading):
             raise InputError("there is no answer to write again; ask something first")
         self.undo()
-        return self.ask(last, how, given_up)
+        try:
+            writing = self.ask(last, how, given_up)
+        except BaseException:
+            self._go(before)
+            raise
+        writing.undone = lambda: self._go(before)
+        return writing
 
     def branch(self, name: str) -> None:
         """Begin a branch here and go on in it; the one so far stays as it is. Raises: InputError if it exists."""
@@ -320,6 +344,8 @@ class Conversation:
         self._branches[self.current] = self._place()
         self.current = name
         self._go(place)
+        if first := self.messages[:1]:
+            self._system = first[0]["content"] if first[0]["role"] == "system" else None
 
     @property
     def branches(self) -> list[str]:
@@ -328,12 +354,12 @@ class Conversation:
 
     def new(self, system: str | None) -> str:
         """Begin anew in a branch of its own; returns its name. What was said stays in the branch so far."""
+        self.system = system
         number = 2
         while (name := f"talk-{number}") in self.branches:
             number += 1
         self.branch(name)
         self._go(_Place((), self._blank))
-        self.system = system
         return name
 
     def _place(self) -> _Place:

@@ -112,6 +112,11 @@ class Session:
         return cast(State, self._state)
 
     @property
+    def memory(self) -> int:
+        """Bytes that hold all before the open chunk: the same at any length, if reading began at a boundary."""
+        return self._past.state.num_bytes()
+
+    @property
     def position(self) -> int:
         """Tokens read so far."""
         return self._past.position + len(self._tail)
@@ -344,6 +349,7 @@ def generate(
     sampling: SamplingConfig,
     stop_ids: Collection[int] = (),
     allowed: Tensor | None = None,
+    said: Iterable[int] = (),
 ) -> Iterator[int]:
     """Read the prompt, then yield new ids one by one.
 
@@ -356,6 +362,7 @@ def generate(
         sampling:       how ids are chosen.
         stop_ids:       ids that end the text; they are not yielded.
         allowed:        (V,) bool: ids that may be chosen; None means all.
+        said:           ids read before, to which the repetition penalty applies as to the prompt.
     Raises:
         InputError: nothing was read, or max_new_tokens is below 1.
         NumericalError: the logits are not finite.
@@ -364,7 +371,7 @@ def generate(
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     if prompt_ids:
         session.feed(prompt_ids)
-    choose = Chooser(sampling, len(session.logits), prompt_ids, allowed)
+    choose = Chooser(sampling, len(session.logits), (*said, *prompt_ids), allowed)
     for number in range(max_new_tokens):
         token = choose(session.logits)
         if token in stop_ids:
@@ -381,6 +388,10 @@ class Answering(NamedTuple):
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     """Texts that end it."""
+
+
+class GivenUp(KeyboardInterrupt):
+    """What was begun is not wanted any more, before anything came of it."""
 
 
 class Writing:
@@ -418,6 +429,8 @@ class Writing:
         self.done: Callable[[Writing], None] = lambda writing: None
         """Called when it has come to its end, `undone` when it is broken off instead."""
         self.undone: Callable[[], None] = lambda: None
+        self.unwanted: Callable[[], bool] = lambda: False
+        """Asked while the prompt is read; once it says so, GivenUp is raised: nothing was written yet."""
         self._pieces = self._write()
 
     def __iter__(self) -> Iterator[str]:
@@ -445,8 +458,10 @@ class Writing:
     def _write(self) -> Generator[str, None, None]:
         how = self.how
         try:
+            if self.prompt_ids:
+                self.session.feed(self._wanted())
             tokens = generate(
-                self.session, self.prompt_ids, how.max_new_tokens, how.sampling, self._ends, self._allowed
+                self.session, (), how.max_new_tokens, how.sampling, self._ends, self._allowed, self.prompt_ids
             )
             for token in tokens:
                 self.ids.append(token)
@@ -459,6 +474,12 @@ class Writing:
         except BaseException:
             self.undone()
             raise
+
+    def _wanted(self) -> Iterator[int]:
+        for token in self.prompt_ids:
+            if self.unwanted():
+                raise GivenUp
+            yield token
 
     def _shown(self, piece: str) -> str:
         self.text += piece

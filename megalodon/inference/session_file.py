@@ -42,6 +42,8 @@ FORMAT = "megalodon/session/1"
 KEPT_TURNS = 4
 """Turns whose beginnings stand in the file."""
 _KEY, _NO_CHECKSUM = "megalodon", "0" * 64
+_BEGIN = f'{{"__metadata__":{{"{_KEY}":'.encode()
+"""What the header of a session begins with, behind its length."""
 _TENSORS = 1 << 12
 """More than a session has, so that other files are told apart by what they say, not by their size."""
 
@@ -78,6 +80,8 @@ class History(NamedTuple):
     """What a session file tells of itself, whatever model it belongs to."""
 
     transcript: tuple[Entry, ...]
+    system: str | None
+    """Of a conversation, also if nothing was said yet."""
     norm_stats: NormStats
     owner: Owner
 
@@ -93,9 +97,11 @@ def save_session(path: Path, contents: Contents, model: Megalodon, owner: Owner)
         model:    that the session runs.
         owner:    whose hashes it gets.
     Raises:
-        InputError: nothing was read, or reading began inside a chunk and has not reached the next one.
+        InputError: nothing was read, or reading began inside a chunk and has not reached the next one, or something
+            that is no session has this name.
         EnvironmentFault: the file could not be written; what stood there is untouched.
     """
+    check_target(path)
     C = model.config.chunk_size
     turns = contents.turns[-KEPT_TURNS:]
     places = [mark.snapshot for mark in (contents.here, *turns, *contents.branches.values())]
@@ -110,6 +116,22 @@ def save_session(path: Path, contents: Contents, model: Megalodon, owner: Owner)
     kept = {name: str(tensors[name].dtype).removeprefix("torch.") for name in ("cema_h", "open_k") if name in tensors}
     about |= {"norm_stats": contents.norm_stats, "dtypes": kept}
     _write(path, save({name: x.cpu().contiguous() for name, x in tensors.items()}, {_KEY: json.dumps(about)}))
+
+
+def check_target(path: Path) -> None:
+    """Raises: InputError if something stands there that is no session of ours: saving would destroy it."""
+    try:
+        if not path.exists():
+            return
+        ours = False
+        if path.is_file():
+            with path.open("rb") as file:
+                begin = file.read(8 + len(_BEGIN))
+            ours = not begin or begin[8:] == _BEGIN
+    except OSError:
+        return  # what cannot be reached is told by the writing
+    if not ours:
+        raise InputError(f"{path} is there and is no session; expected another name, such as {path.stem}.mega")
 
 
 def _places(places: Sequence[Snapshot], model: Megalodon) -> dict[str, Tensor]:
@@ -216,10 +238,11 @@ def load_history(path: Path) -> History:
     """Read what a session file tells of itself, whatever model it belongs to. Raises: CheckpointError."""
     about, tensors = _read(path)
     try:
-        entries = _entries(
-            json.loads(bytes(tensors["transcript"].tolist()).decode("utf-8", "surrogateescape"))["entries"]
-        )
-        return History(entries, check_norm_stats(about["norm_stats"]), _owner(path, about))
+        said = json.loads(bytes(tensors["transcript"].tolist()).decode("utf-8", "surrogateescape"))
+        entries, system = _entries(said["entries"]), said["system"]
+        if not (system is None or type(system) is str):
+            raise ValueError(f"system is {system!r}")
+        return History(entries, system, check_norm_stats(about["norm_stats"]), _owner(path, about))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a session of ours: {error!r}") from error
 

@@ -179,16 +179,16 @@ def generate(
     system = read_system(system)
     if source is not None or output is not None or go_on:
         given = {"-p": prompt, "-f": file, "--read": read, "--state": state, "--save-state": save_state}
-        _check_batch(source, output, [name for name, value in given.items() if value], samples)
+        _check_batch(source, output, [name for name, value in given.items() if value is not None], samples)
     files.check()
-    chat = chat or (not (prompt or file or read or state or source) and sys.stdin.isatty())
-    if chat and (prompt or file or source or console.wants_json()):
+    chat = chat or (not (prompt is not None or file or read or state or source) and sys.stdin.isatty())
+    if chat and (prompt is not None or file or source or console.wants_json()):
         raise InputError("--chat is given with -p, -f, --input or --json; expected --chat alone")
     if samples > 1 and (save_state or chat):
         raise InputError(f"--samples {samples}: several answers are neither saved nor talked to; expected --samples 1")
 
     from megalodon.inference.batch_files import Defaults
-    from megalodon.inference.session import Answering, load_writer
+    from megalodon.inference.session import Answering, GivenUp, load_writer
     from megalodon.inference.text_file import open_text
 
     if source is not None and output is not None:
@@ -214,10 +214,10 @@ def generate(
         written = generation.write_samples(talk, text, how, samples)
     elif text is not None or not save_state:
         # With a session to save a first Ctrl-C ends the answer alone; what was read is worth more than a moment.
-        with interrupts.watched() if save_state else contextlib.nullcontext():
+        with interrupts.watched() if save_state else contextlib.nullcontext(), contextlib.suppress(GivenUp):
             written = _write(talk, text, how, lambda: interrupts.asked)
     generation.report(talk, directory, how, written)
-    if save_state:
+    if save_state and (talk.session.position or not interrupts.asked):
         console.info(generation.save(talk, save_state, kv=kv))
     if interrupts.asked:
         raise KeyboardInterrupt

@@ -101,6 +101,29 @@ def test_a_conversation(terminal):
     leave(child)
 
 
+def test_prompts_do_not_go_where_answers_go(model, tmp_path):
+    line = subprocess.list2cmdline([sys.executable, *command(model, "-n", "3")]) + " > said.txt"
+    child = pexpect.spawn("sh", ["-c", line], env=environment(tmp_path), cwd=tmp_path, encoding="utf-8", timeout=60)
+    child.expect(PROMPT)
+    child.send("Hello there\r")
+    child.expect("context")
+    child.expect(PROMPT)
+    child.sendeof()
+    leave(child)
+    said = (tmp_path / "said.txt").read_text()
+    assert "Hello" not in said and "> " not in said
+    assert said.strip()
+
+
+def test_an_empty_prompt_is_no_wish_to_talk(model, tmp_path):
+    line = ["-m", "megalodon_cli", "generate", str(model), "-p", ""]
+    child = pexpect.spawn(sys.executable, line, env=environment(tmp_path), cwd=tmp_path, encoding="utf-8", timeout=60)
+    child.expect("the prompt has zero tokens|the turn is empty")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 2
+
+
 def test_ctrl_c_ends_the_answer_only(terminal):
     child = terminal("-n", "100000")
     child.send("Hello\r")
@@ -241,8 +264,14 @@ def test_mistakes_are_one_line_and_the_talk_goes_on(model, tmp_path):
         "/read bad.txt": "bad.txt: byte 3 is 0xff, which is not UTF-8",
         "/load nothing.mega": "nothing.mega",
         "/save no/where.mega": "no/where.mega",
+        "/undo " + "9" * 5000: "/undo: expected a number of turns",
+        "/read " + "a" * 300: "file name too long",
+        "/load " + "a" * 300: "File name too long",
         "/export said.jsonl": "/export: nothing was said yet",
         "/export": "/export: expected FILE",
+        "/read a\0b": "a file name cannot hold the character 0",
+        "/save a\0b": "a file name cannot hold the character 0",
+        "/save bad.txt": "bad.txt is there and is no session",
     }
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     done = piped(model, tmp_path, "\n".join([*mistakes, "Hello", "/history"]) + "\n")
@@ -252,6 +281,25 @@ def test_mistakes_are_one_line_and_the_talk_goes_on(model, tmp_path):
     for line, expected in zip(errors, mistakes.values(), strict=True):
         assert expected in line
     assert "user: Hello" in done.stdout
+
+
+def test_without_input_there_is_nothing_to_do(model, tmp_path):
+    def closed(*options: str) -> subprocess.CompletedProcess[str]:
+        line = subprocess.list2cmdline([sys.executable, *command(model)[:-3], *options]) + " <&-"
+        return subprocess.run(
+            ["sh", "-c", line], capture_output=True, text=True, env=environment(tmp_path), timeout=120, check=False
+        )
+
+    assert closed("--chat").returncode == 0
+    done = closed()
+    assert done.returncode == 2, done.stderr
+    assert "the turn is empty" in done.stderr
+
+
+def test_raw_has_no_system_text(model, tmp_path):
+    done = piped(model, tmp_path, "/system Be brief.\nHello\n/history\n", "--raw")
+    assert "a system text needs a chat template, and --raw uses none" in done.stderr
+    assert "system: " not in done.stdout
 
 
 def test_a_session_is_saved_and_goes_on(model, tmp_path):

@@ -1,5 +1,6 @@
 """`megalodon generate` with files: --read, --state, --save-state, --rebuild, --samples, --input, chat templates."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from megalodon.checkpoint.tensors import save_model
 from megalodon.data.chat import ChatFormat, load_template
 from megalodon.data.tokenizer import ByteTokenizer
 from megalodon_cli.app import app
+from megalodon_cli.chat_screen import Interrupts
 
 TOKENIZER = ByteTokenizer(reserve=2)
 SIZES = {"vocab_size": TOKENIZER.vocab_size, "chunk_size": 16}
@@ -76,6 +78,22 @@ def refused(result, *words: str, code: int = 2) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- sessions
+
+
+def test_a_session_never_takes_the_place_of_another_file(text):
+    for target in ("book.txt", text / "model.safetensors"):
+        before = Path(target).read_bytes()
+        done = run(text, "--read", "book.txt", "--save-state", target)
+        refused(done, "is there and is no session")
+        assert "read book.txt" not in done.stderr  # said before anything is read
+        assert Path(target).read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_read(text, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: mode != os.W_OK)
+    done = run(text, "--read", "book.txt", "--save-state", "book.mega")
+    refused(done, "book.mega: the folder . cannot be written to", code=3)
+    assert "read book.txt" not in done.stderr
 
 
 @pytest.mark.parametrize("kv", [(), ("--kv",)])
@@ -220,6 +238,22 @@ def test_ctrl_c_ends_the_answer_and_saves_the_session(text):
     assert body(text, "--state", "s.mega", "-n", 3)["new_tokens"] == 3
 
 
+def test_ctrl_c_before_the_answer_saves_what_was_read(text, monkeypatch):
+    class Asked(Interrupts):
+        asked = property(lambda self: True, lambda self, value: None)
+
+    monkeypatch.setattr("megalodon_cli.chat_screen.Interrupts", Asked)
+    done = run(text, "--read", "book.txt", "-p", "Once", "-n", 3, "--save-state", "s.mega")
+    assert (done.exit_code, done.stdout) == (130, ""), done.stderr
+    assert (
+        f"saved s.mega: {Path('s.mega').stat().st_size / 1e3:.0f} kB, {len(BOOK) + 1:,} tokens, 0 answers"
+        in done.stderr
+    )
+    done = run(text, "-p", "Once", "-n", 3, "--save-state", "none.mega")
+    assert (done.exit_code, done.stdout) == (130, ""), done.stderr
+    assert "error" not in done.stderr and not Path("none.mega").exists()
+
+
 # ----------------------------------------------------------------------------------------------- answers
 
 
@@ -265,6 +299,23 @@ def test_a_conversation_goes_on_in_another_run(chat):
     assert again.exit_code == 0, again.stderr
     greedy = ("-p", "So?", "-n", 8, "--temperature", 0)
     assert body(chat, "--state", "again.mega", *greedy)["text"] == body(chat, "--state", "s.mega", *greedy)["text"]
+
+
+def test_a_system_text_given_later_leaves_the_branches(chat):
+    from megalodon.inference.conversation import Conversation
+    from megalodon.inference.sampling import SamplingConfig
+    from megalodon.inference.session import Answering, Session, load_writer
+
+    writer = load_writer(chat)
+    talk = Conversation(writer, Session(writer.model))
+    list(talk.ask("Hello", Answering(SamplingConfig(), 3)))
+    talk.new(None)
+    talk.save(Path("s.mega"))
+    done = run(chat, "--state", "s.mega", "--system", "Be brief.", "-p", "x", "-n", 3, "--save-state", "s.mega")
+    assert done.exit_code == 0, done.stderr
+    found = Conversation.load(writer, Path("s.mega"))
+    assert found.branches == talk.branches
+    assert found.messages[0] == {"role": "system", "content": "Be brief."}
 
 
 # ----------------------------------------------------------------------------------------------- files of prompts
@@ -320,12 +371,13 @@ def test_bad_lines_get_their_errors_and_the_rest_goes_on(text):
         b'{"messages": [{"role": "user", "content": "x"}]}': "in.jsonl:15: messages need a chat template",
         b'{"prompt": "' + b"x" * (1 << 24) + b'"}': "in.jsonl:16: longer than 16 MiB",
         b'{"prompt": "good", "id": 1}': "in.jsonl:17: id 1 came before",
+        b'{"prompt": "x", "temperature": 1' + b"0" * 400 + b"}": "in.jsonl:18: temperature is a number of 401 digits",
     }
     Path("in.jsonl").write_bytes(b"\n".join([*mistakes, b'{"prompt": "good", "id": "last"}']))
     done = run(text, "--input", "in.jsonl", "--output", "out.jsonl", "-n", 2)
-    refused(done, "17 lines of in.jsonl could not be used; their errors stand in out.jsonl", code=1)
+    refused(done, "18 lines of in.jsonl could not be used; their errors stand in out.jsonl", code=1)
     found = lines("out.jsonl")
-    assert len(found) == 18
+    assert len(found) == 19
     for line, expected in zip(found[:-1], mistakes.values(), strict=True):
         assert line["finish_reason"] == "error"
         assert line["error"].startswith(expected), line["error"]
@@ -345,6 +397,38 @@ def test_a_run_that_was_broken_off_goes_on(text):
     refused(run(*arguments, "--output", "whole.jsonl"), "whole.jsonl is there already; --continue goes on with it")
     refused(run(*arguments, "--output", "book.txt", "--continue"), "book.txt:1: is no answer of ours")
     assert Path("book.txt").read_text() == BOOK
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', '{"id": 1, "a": 1}', "notes", '{"a": 1}\n{"b": 2'])
+def test_a_file_that_is_no_file_of_answers_is_left_alone(text, content):
+    Path("in.jsonl").write_text('{"prompt": "x"}\n')
+    Path("mine.json").write_text(content)
+    done = run(text, "--input", "in.jsonl", "--output", "mine.json", "--continue", "-n", 2)
+    refused(done, "mine.json:1: is no answer of ours")
+    assert Path("mine.json").read_text() == content
+
+
+def test_prompts_are_not_answered_into_their_own_file(text):
+    Path("in.jsonl").write_text('{"prompt": "x"}')
+    for options in ((), ("--continue",)):
+        refused(run(text, "--input", "in.jsonl", "--output", "in.jsonl", *options), "in.jsonl is both --input and")
+    assert Path("in.jsonl").read_text() == '{"prompt": "x"}'
+    refused(run(text, "--input", "in.jsonl", "--output", "/dev/zero", "--continue"), "/dev/zero: is no regular file")
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(errno.ENOSPC, 3), (errno.EPIPE, 0)])
+def test_a_full_disk_is_no_mistake_of_the_user_and_a_closed_pipe_none_at_all(text, monkeypatch, code, exit_code):
+    Path("in.jsonl").write_text('{"prompt": "x"}\n')
+
+    def broken(number):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    monkeypatch.setattr("megalodon_cli.app._closed_pipe", lambda: 0)
+    done = run(text, "--input", "in.jsonl", "--output", "out.jsonl", "-n", 2)
+    assert done.exit_code == exit_code, done.stderr
+    if exit_code:
+        refused(done, "out.jsonl: no space left on device; free some, then --continue", code=3)
 
 
 def test_a_file_of_conversations(chat):

@@ -22,7 +22,7 @@ from megalodon.inference.conversation import (
     exported,
 )
 from megalodon.inference.sampling import SamplingConfig
-from megalodon.inference.session import Answering, Owner, Session, Snapshot, Writer
+from megalodon.inference.session import Answering, GivenUp, Owner, Session, Snapshot, Writer
 from megalodon.inference.session_file import KEPT_TURNS, load_history
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
@@ -119,8 +119,8 @@ def test_answers_end_by_length_stop_text_and_will(model):
     assert talk.answer is not None
     assert (talk.answer.finish, talk.answer.new_tokens) in {("length", 30), ("stop", talk.answer.new_tokens)}
     talk.undo()
-    count = iter(range(100))
-    cut = "".join(talk.ask("Hello", HOW._replace(sampling=SamplingConfig(seed=2)), lambda: next(count) == 4))
+    writing = talk.ask("Hello", HOW._replace(sampling=SamplingConfig(seed=2)), lambda: len(writing.ids) == 5)
+    cut = "".join(writing)
     assert talk.answer.finish == "interrupted"
     assert talk.answer.new_tokens == 5
     assert talk.messages[-1]["content"] == cut
@@ -244,6 +244,62 @@ def test_an_answer_that_is_dropped_leaves_nothing(model):
     answer.close()
     assert (talk.entries, read_ids(talk)) == (before, ids)
     assert agrees(talk)
+
+
+def test_a_retry_that_is_broken_off_gives_the_answer_back(model, monkeypatch):
+    talk = talk_of(model)
+    say(talk, "one")
+    say(talk, "two")
+    before, ids = talk.entries, read_ids(talk)
+    answer = talk.retry(HOW)
+    next(answer)
+    answer.close()
+    assert (talk.entries, read_ids(talk)) == (before, ids)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(talk, "ask", interrupted)
+        talk.retry(HOW)
+    assert (talk.entries, read_ids(talk)) == (before, ids)
+    assert talk.undo(2) == before
+
+
+def test_a_turn_that_is_given_up_while_it_is_read_leaves_nothing(model):
+    talk = talk_of(model)
+    talk.session.piece = 32
+    say(talk, "one")
+    before, ids = talk.entries, read_ids(talk)
+    asked = iter([False] * 100)
+    answer = talk.ask("word " * 100, HOW, lambda: next(asked, True))
+    with pytest.raises(GivenUp):
+        list(answer)
+    assert (talk.entries, read_ids(talk)) == (before, ids)
+    assert agrees(talk)
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_system_text_belongs_to_its_branch_and_to_a_template(model):
+    talk = talk_of(model, system="Be brief.")
+    say(talk, "one")
+    talk.new("Be long.")
+    say(talk, "two")
+    talk.checkout("main")
+    assert talk.system == "Be brief."
+    raw = Conversation(talk.writer, Session(model), raw=True)
+    before = raw.branches
+    with pytest.raises(InputError, match="--raw uses none"):
+        raw.new("Be brief.")
+    assert (raw.system, raw.branches) == (None, before)
+
+
+def test_a_turn_that_has_its_answer_is_not_answered_again(model):
+    talk = talk_of(model)
+    say(talk, "one")
+    with pytest.raises(InputError, match="has its answer"):
+        talk.go_on(HOW)
+    with pytest.raises(InputError, match="has its answer"):
+        talk.samples(None, HOW, 2)
 
 
 def test_a_template_that_rewrites_is_read_anew(model):
@@ -416,6 +472,19 @@ def test_a_transcript_is_read_again(model, tmp_path, template):
     assert again.turns == 1
 
 
+def test_a_system_text_before_any_turn_is_kept_when_a_transcript_is_read_again(model, tmp_path):
+    talk = talk_of(model, system="Be brief.")
+    book = TOKENIZER.encode("A book.")
+    talk.read(iter(book), lambda: Reading("book.txt", "0" * 64, len(book)))
+    saved(talk, tmp_path / "a.mega")
+    again = Conversation.rebuild(
+        talk.writer, load_history(tmp_path / "a.mega"), lambda its, entry: its.read(iter(book), lambda: entry)
+    )
+    assert again.system == "Be brief."
+    say(again, "one")
+    assert again.messages[0] == {"role": "system", "content": "Be brief."}
+
+
 def test_a_model_of_no_directory_has_no_session_files(model, tmp_path):
     talk = talk_of(model)
     say(talk, "one")
@@ -423,6 +492,15 @@ def test_a_model_of_no_directory_has_no_session_files(model, tmp_path):
         talk.save(tmp_path / "a.mega")
     with pytest.raises(InputError, match="of no model directory"):
         Conversation.load(talk.writer, tmp_path / "a.mega")
+
+
+@pytest.mark.parametrize("norm_stats", ["cumulative", "window"])
+def test_the_repetition_penalty_of_samples_sees_the_question(model, norm_stats):
+    how = Answering(SamplingConfig(temperature=0, repetition_penalty=9.0), 12)
+    talk = Conversation(Writer(model, TOKENIZER, True), Session(model, norm_stats=norm_stats))
+    text = "".join(map(chr, range(32, 127)))
+    (sample,) = talk.samples(text, how, 1)
+    assert sample.text == "".join(talk.ask(text, how))
 
 
 def test_samples_leave_no_trace(model):

@@ -1,6 +1,7 @@
 """Session files: restored = uninterrupted at every place, a size that does not grow, and nothing damaged is taken."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from factories import tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 from tolerances import LOGITS, assert_near
 
 from megalodon.errors import CheckpointError, EnvironmentFault, InputError
@@ -208,6 +209,24 @@ def test_the_file_is_its_owners_and_appears_whole(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(EnvironmentFault, match="no such file"):
         written(tmp_path / "nowhere" / "a.mega", session)
+
+
+def test_only_a_session_gives_way_to_a_session(model, tmp_path):
+    session = fed(model, ids_of(14))
+    path = written(tmp_path / "a.mega", session)
+    path.write_bytes(path.read_bytes()[:200])  # damaged, but one of ours
+    assert restored(written(path, session), model).position == 14
+    (tmp_path / "empty").touch()
+    written(tmp_path / "empty", session)
+    for name, content in {"book.txt": b"It was a dark night.", "model.safetensors": save({"x": torch.ones(2)})}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match="is there and is no session"):
+            written(tmp_path / name, session)
+        assert (tmp_path / name).read_bytes() == content
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(InputError, match="is there and is no session"):
+            written(other, session)
 
 
 def test_the_same_session_gives_the_same_bytes(model, tmp_path):
