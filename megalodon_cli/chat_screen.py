@@ -82,7 +82,7 @@ class Chat:
 
     def __init__(self, talk: "Conversation", how: "Answering", files: Files, history: Path | None = None) -> None:
         self.talk, self.how, self._files = talk, how, files
-        self._interrupts = Interrupts()
+        self._interrupts, self._saved = Interrupts(), self._said()
         self._lines = _terminal_lines(history) if sys.stdin.isatty() else _plain_lines
 
     def run(self) -> None:
@@ -243,10 +243,19 @@ class Chat:
 
     def _save(self, rest: str) -> None:
         console.info(self._files.save(self.talk, _path(rest)))
+        self._saved = self._said()
 
     def _load(self, rest: str) -> None:
+        if self._said() != self._saved:
+            self._saved = self._said()
+            raise InputError("/load would drop what was said here; /save FILE first, or /load again to drop it")
         self.talk, said = self._files.load(self.talk, _path(rest))
+        self._saved = self._said()
         console.info(said)
+
+    def _said(self) -> tuple[object, ...]:
+        """What would be lost with this conversation."""
+        return self.talk.entries, tuple(self.talk.branches)
 
     def _export(self, rest: str) -> None:
         from megalodon.inference.conversation import exported
@@ -255,8 +264,9 @@ class Chat:
             raise InputError("/export: nothing was said yet")
         path = _path(rest)
         try:
-            with path.open("a", encoding="utf-8") as lines:
-                lines.write(exported(self.talk.messages))
+            with path.open("a+b") as lines:
+                begins = not lines.tell() or (lines.seek(-1, os.SEEK_END), lines.read(1))[1] == b"\n"
+                lines.write((b"" if begins else b"\n") + exported(self.talk.messages).encode())
         except OSError as error:
             raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
         console.info(f"{path}: one more conversation of {len(self.talk.messages)} messages")

@@ -303,7 +303,7 @@ class Conversation:
         Raises: InputError if there are not so many, or they are too far back; nothing has changed then.
         """
         if not 1 <= count <= len(self._earlier):
-            raise InputError(f"{count} turns cannot be undone; {len(self._earlier)} can")
+            raise InputError(f"{count} cannot be undone; turns and files that can: {len(self._earlier)}")
         place = self._earlier[-count]
         undone = self.entries[len(place.entries) :]
         self._go(replace(place, earlier=self._earlier[:-count]))

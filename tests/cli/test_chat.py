@@ -246,9 +246,9 @@ def test_a_script_can_talk(model, tmp_path):
 def test_mistakes_are_one_line_and_the_talk_goes_on(model, tmp_path):
     mistakes = {
         "/nothing": "/nothing: no such command; see /help",
-        "/undo": "1 turns cannot be undone; 0 can",
+        "/undo": "1 cannot be undone; turns and files that can: 0",
         "/undo two": "/undo: expected a number of turns, got `two`",
-        "/undo 0": "0 turns cannot be undone",
+        "/undo 0": "0 cannot be undone",
         "/retry": "there is no answer to write again",
         "/new now": "/new takes nothing, got `now`",
         "/branch": "/branch: expected NAME, got nothing",
@@ -300,6 +300,22 @@ def test_raw_has_no_system_text(model, tmp_path):
     done = piped(model, tmp_path, "/system Be brief.\nHello\n/history\n", "--raw")
     assert "a system text needs a chat template, and --raw uses none" in done.stderr
     assert "system: " not in done.stdout
+
+
+def test_what_is_not_saved_is_not_dropped_by_a_load(model, tmp_path):
+    first = piped(
+        model, tmp_path, "Hello\n/save talk.mega\n/load talk.mega\nMore\n/load talk.mega\n/load talk.mega\n/history\n"
+    )
+    errors = [line for line in first.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: /load would drop what was said here; /save FILE first, or /load again to drop it"]
+    assert "user: More" not in first.stdout
+
+
+def test_conversations_are_exported_one_a_line(model, tmp_path):
+    (tmp_path / "said.jsonl").write_text('{"messages": []}')  # no newline at its end
+    piped(model, tmp_path, "Hello\n/export said.jsonl\n/export said.jsonl\n")
+    lines = (tmp_path / "said.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["messages"]) for line in lines] == [0, 2, 2]
 
 
 def test_a_session_is_saved_and_goes_on(model, tmp_path):

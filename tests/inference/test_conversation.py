@@ -154,7 +154,7 @@ def test_undo_and_retry(model):
     assert agrees(talk)
     talk.undo()
     assert (talk.entries, talk.session.position) == ((), 0)
-    with pytest.raises(InputError, match="1 turns cannot be undone; 0 can"):
+    with pytest.raises(InputError, match="1 cannot be undone; turns and files that can: 0"):
         talk.undo()
     with pytest.raises(InputError, match="no answer to write again"):
         list(talk.retry(HOW))
@@ -164,7 +164,7 @@ def test_only_so_many_turns_can_be_undone(model):
     talk = talk_of(model)
     for number in range(KEPT + 3):
         say(talk, str(number), HOW._replace(max_new_tokens=1))
-    with pytest.raises(InputError, match=f"{KEPT + 1} turns cannot be undone; {KEPT} can"):
+    with pytest.raises(InputError, match=f"{KEPT + 1} cannot be undone; turns and files that can: {KEPT}"):
         talk.undo(KEPT + 1)
     talk.undo(KEPT)
     assert talk.turns == 3
