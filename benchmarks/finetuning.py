@@ -112,6 +112,7 @@ def scores(run: Path) -> Row:
         "first": first,
         "last": last,
         "drop": 1 - last / first,
+        "curve": {row["step"]: round(row["valid_loss"], 4) for row in losses},
         "valid_tokens": losses[-1]["valid_tokens"],
         "trained_parameters": trained,
         "trained_part": trained / whole,
@@ -149,6 +150,11 @@ def report(figures: Row) -> None:
             f"{name:6} {row['first']:7.3f} {row['last']:7.3f} {row['drop']:7.1%} {row['trained_parameters']:9,} "
             f"{row['trained_part']:7.2%} {row['ended']:7.1%} {row['seconds'] / 60:8.1f}"
         )
+    lines += [
+        f"{name} at step {step}: {loss:.3f}"
+        for name, row in figures["methods"].items()
+        for step, loss in row["curve"].items()
+    ]
     lines.append(f"adapters reach {figures['lora_part_of_full_drop']:.1%} of the drop of full tuning")
     sys.stdout.write("\n".join([*lines, json.dumps(figures, ensure_ascii=False)]) + "\n")
 
