@@ -29,7 +29,7 @@ eval:
   samples: {{prompts: []}}
 """
 SHARED = ["data.fields={prompt: question, completion: answer}", "data.over_length=drop", "train.batch_tokens=8192"]
-SHARED += ["eval.every=null", "eval.tokens=64Ki", "eval.samples.prompts=[]", "checkpoint.every=40"]
+SHARED += ["eval.every=60", "eval.tokens=64Ki", "eval.samples.prompts=[]", "checkpoint.every=40"]
 METHODS = {
     "full": ("finetune-chat", {"optim.lr_factor": "0.4"}),
     "lora": ("finetune-lora", {"optim.lr": "1e-2", "model.lora.r": "5", "model.lora.alpha": "10"}),
