@@ -2,6 +2,7 @@
 
     python benchmarks/tutorial.py
     python benchmarks/tutorial.py --folder /tmp/x --svg docs/chat.svg       # also draw the last two conversations
+    python benchmarks/tutorial.py --folder /tmp/x --first 6                 # go on in a folder, from a block on
 
 Not here: the commands (docs/tutorial.md), which tests hold to what they say.
 """
@@ -27,6 +28,7 @@ def main() -> None:
     """Run the page."""
     parser = argparse.ArgumentParser(description="Run every command of docs/tutorial.md in a fresh folder.")
     parser.add_argument("--folder", type=Path, help="where; a temporary folder if left out")
+    parser.add_argument("--first", type=int, default=1, help="the block to begin with (default 1)")
     parser.add_argument("--svg", type=Path, help="draw the last block with its output")
     parser.add_argument("--first-on-path", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -38,10 +40,19 @@ def main() -> None:
     environment = {**os.environ, "PATH": path, "MEGALODON": str(ROOT)}
     began, shown = time.monotonic(), ""
     page = blocks((ROOT / "docs/tutorial.md").read_text(encoding="utf-8"))
-    for number, block in enumerate(page, 1):
+    for number, block in list(enumerate(page, 1))[given.first - 1 :]:
         say(f"\n== {number} of {len(page)}, after {time.monotonic() - began:.0f} s\n{block}")
+        # The last block is drawn with all that a terminal shows; of the others notes come as they are written.
+        beside = subprocess.STDOUT if number == len(page) else None
         done = subprocess.run(
-            ["sh", "-e"], input=block, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, check=False
+            ["sh", "-e"],
+            input=block,
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=beside,
+            check=False,
         )
         say(done.stdout)
         shown = done.stdout
