@@ -32,7 +32,7 @@ SHARED = ["data.fields={prompt: question, completion: answer}", "data.over_lengt
 SHARED += ["eval.every=60", "eval.tokens=64Ki", "eval.samples.prompts=[]", "checkpoint.every=40"]
 METHODS = {
     "full": ("finetune-chat", {"optim.lr_factor": "0.4"}),
-    "lora": ("finetune-lora", {"optim.lr": "1e-2", "model.lora.r": "5", "model.lora.alpha": "10"}),
+    "lora": ("finetune-lora", {"optim.lr": "1.8e-2", "model.lora.r": "5", "model.lora.alpha": "10"}),
 }
 """Recipe and changes of each, for a base of the size of quickstart."""
 Row = dict[str, Any]
