@@ -1,4 +1,4 @@
-"""`megalodon convert`: checkpoints in other forms; for now, an adapter merged into its base.
+"""`megalodon convert`: an adapter merged into its base.
 
 Not here: how (megalodon/checkpoint/adapter_files.py).
 """
