@@ -160,10 +160,7 @@ class Loader:
         rank, ranks: of several data-parallel ranks, each takes every `ranks`-th sample, its own first: (count / ranks,
         seq_len). Raises: DataError if the ranks do not divide `count`.
         """
-        if first_sample < 0 or count < 1 or not 0 <= rank < ranks:
-            raise ValueError(f"samples [{first_sample}, +{count}) of rank {rank} of {ranks}: out of range")
-        if count % ranks:
-            raise DataError(f"a batch of {count:,} sequences cannot be shared by {ranks} ranks: expected a multiple")
+        check_share(first_sample, count, rank, ranks)
         blocks = [self._block(block) for block in range(first_sample // _BLOCK, -(-(first_sample + count) // _BLOCK))]
         mine = slice(first_sample % _BLOCK + rank, first_sample % _BLOCK + count, ranks)
         source, window = (np.concatenate(part)[mine] for part in zip(*blocks, strict=True))
@@ -236,6 +233,14 @@ class Loader:
     def ledger_lines(self) -> list[str]:
         """Return the window ledgers as training prints them. Raises: CheckFailed if one does not add up."""
         return [line for ledger in self.ledgers() for line in ledger.lines()]
+
+
+def check_share(first_sample: int, count: int, rank: int, ranks: int) -> None:
+    """Raises: ValueError for samples or a rank out of range; DataError if the ranks do not divide `count`."""
+    if first_sample < 0 or count < 1 or not 0 <= rank < ranks:
+        raise ValueError(f"samples [{first_sample}, +{count}) of rank {rank} of {ranks}: out of range")
+    if count % ranks:
+        raise DataError(f"a batch of {count:,} sequences cannot be shared by {ranks} ranks: expected a multiple")
 
 
 def checked_state(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalodon.data.loader import IGNORED, Batch, Isolate, checked_state
+from megalodon.data.loader import IGNORED, Batch, Isolate, check_share, checked_state
 from megalodon.data.order import ORDER_VERSION, permute
 from megalodon.data.shards import Store
 from megalodon.errors import CheckFailed, DataError
@@ -139,10 +139,7 @@ class PackedLoader:
 
     def batch(self, first_sample: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
         """Return samples [first_sample, first_sample + count) of the run, or a rank's share: see `Loader.batch`."""
-        if first_sample < 0 or count < 1 or not 0 <= rank < ranks:
-            raise ValueError(f"samples [{first_sample}, +{count}) of rank {rank} of {ranks}: out of range")
-        if count % ranks:
-            raise DataError(f"a batch of {count:,} sequences cannot be shared by {ranks} ranks: expected a multiple")
+        check_share(first_sample, count, rank, ranks)
         samples = np.arange(first_sample + rank, first_sample + count, ranks, dtype=np.int64)
         epoch, place = np.divmod(samples, self.num_samples)
         windows = np.empty_like(place)

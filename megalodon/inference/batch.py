@@ -73,11 +73,8 @@ class _Row:
 
     def __init__(self, writer: Writer, request: Request, ends: Collection[int], allowed: Tensor) -> None:
         self.choose = Chooser(request.sampling, len(allowed), (*request.ids, *request.said), allowed)
-        self.stream, self.ends, self.limit = (
-            TokenStream(writer.tokenizer, request.stop),
-            ends,
-            request.max_new_tokens,
-        )
+        self.stream = TokenStream(writer.tokenizer, request.stop)
+        self.ends, self.limit = ends, request.max_new_tokens
         self.pieces: list[str] = []
         self.count = 0
         self.ended = False
