@@ -8,7 +8,6 @@ Not here: what a turn does (megalodon/inference/conversation.py).
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megalodon.errors import InputError, MegalodonError
-from megalodon_cli import console
+from megalodon_cli import console, generation
 
 if TYPE_CHECKING:
     from megalodon.inference.conversation import Conversation
@@ -63,6 +62,10 @@ class Interrupts:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def given_up(self) -> bool:
+        """Whether a Ctrl-C asks for the end of the answer."""
+        return self.asked
 
     def _receive(self, number: int, frame: object) -> None:
         if self.asked:
@@ -122,7 +125,7 @@ class Chat:
         if text.strip() in ("exit", "quit"):
             raise Leave
         if not text.startswith("/") or "\n" in text:
-            self._answer(lambda: self.talk.ask(text, self.how, self._given_up))
+            self._answer(lambda: self.talk.ask(text, self.how, self._interrupts.given_up))
             return
         name, _, rest = text[1:].strip().partition(" ")
         command = COMMANDS.get(name.replace("_", "-"))
@@ -137,27 +140,17 @@ class Chat:
             raise InputError(f"/{name}: expected {command.takes}, got nothing")
         command.run(self, rest.strip())
 
-    def _given_up(self) -> bool:
-        return self._interrupts.asked
-
     def _answer(self, begin: Callable[[], Iterator[str]]) -> None:
         """Show an answer as it is written, then what it cost."""
-        moments, shown = [time.perf_counter()], ""
+        shown = generation.Shown()
         with self._interrupts.watched():
             for piece in begin():
-                moments.append(time.perf_counter())
-                shown = piece or shown
-                console.write(piece)
-        if not shown.endswith("\n"):
-            console.write("\n")
-        answer = self.talk.answer
-        assert answer is not None
-        first = moments[min(1, len(moments) - 1)] - moments[0]
-        speed = (answer.new_tokens - 1) / max(moments[-1] - moments[1], 1e-9) if answer.new_tokens > 1 else 0.0
-        ended = {"stop": "", "length": ", cut at max-new-tokens", "interrupted": ", stopped by you"}[answer.finish]
+                shown.show(piece)
+        said = shown.written(self.talk).details
+        ended = {"stop": "", "length": ", cut at max-new-tokens", "interrupted": ", stopped by you"}
         console.info(
-            f"{answer.new_tokens:,} tokens{ended}, {speed:.1f} tok/s, first token {first:.2f} s, "
-            f"context {self.talk.session.position:,}"
+            f"{said['new_tokens']:,} tokens{ended[said['finish_reason']]}, {said['tokens_per_second']:.1f} tok/s, "
+            f"first token {said['first_token_seconds']:.2f} s, context {self.talk.session.position:,}"
         )
 
     # ------------------------------------------------------------------------------------------- commands
@@ -178,7 +171,7 @@ class Chat:
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
-        name = name.replace("_", "-").replace("temp", "temperature") if name == "temp" else name.replace("_", "-")
+        name = "temperature" if name == "temp" else name.replace("_", "-")
         if name not in SETTINGS:
             raise InputError(f"/set {name}: unknown; known: {', '.join(SETTINGS)}")
         try:
@@ -220,7 +213,7 @@ class Chat:
                 console.result(f"{entry['role']}: {entry['content']}")
 
     def _retry(self, rest: str) -> None:
-        self._answer(lambda: self.talk.retry(self.how, self._given_up))
+        self._answer(lambda: self.talk.retry(self.how, self._interrupts.given_up))
 
     def _undo(self, rest: str) -> None:
         if rest and not (rest.isdecimal() and len(rest) < 10):
@@ -239,7 +232,7 @@ class Chat:
 
     def _read(self, rest: str) -> None:
         with self._interrupts.watched():
-            console.info(self._files.read(self.talk, _path(rest), self._given_up))
+            console.info(self._files.read(self.talk, _path(rest), self._interrupts.given_up))
 
     def _save(self, rest: str) -> None:
         console.info(self._files.save(self.talk, _path(rest)))

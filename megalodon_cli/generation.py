@@ -131,12 +131,11 @@ def chat_files(raw: bool) -> "Files":
 
 
 def _rebuilt(writer: "Writer", path: Path, norm_stats: "NormStats | None", raw: bool) -> "Conversation":
-    from megalodon.inference.conversation import Conversation
-    from megalodon.inference.conversation import Reading as Entry
+    from megalodon.inference.conversation import Conversation, Reading
     from megalodon.inference.session_file import load_history
     from megalodon.inference.text_file import open_text
 
-    def read(talk: Conversation, entry: Entry) -> None:
+    def read(talk: Conversation, entry: Reading) -> None:
         file = open_text(Path(entry.name))
         if file.sha256 != entry.sha256:
             was = f"the session read {entry.sha256[:8]}"
@@ -153,12 +152,12 @@ def read_text(talk: "Conversation", file: "TextFile", given_up: Callable[[], boo
 
     `given_up` is asked now and then. Raises: KeyboardInterrupt once it says so; the conversation is where it was then.
     """
-    from megalodon.inference.conversation import Reading as Entry
+    from megalodon.inference.conversation import Reading
     from megalodon.inference.text_file import token_ids
 
     with Progress(file.path, file.size, given_up) as progress:
         ids = token_ids(file, talk.writer.tokenizer, progress)
-        talk.read(ids, lambda: Entry(str(file.path), file.sha256, progress.tokens))
+        talk.read(ids, lambda: Reading(str(file.path), file.sha256, progress.tokens))
         return progress.summary()
 
 
@@ -168,6 +167,37 @@ class Written(NamedTuple):
     details: dict[str, Any]
     """For the document."""
     footer: str
+
+
+class Shown:
+    """An answer that is shown as it is written; the command iterates, so that its walk to the kernels stays short."""
+
+    def __init__(self) -> None:
+        self._moments, self._pieces = [time.perf_counter()], list[str]()
+
+    def show(self, piece: str) -> None:
+        """Stream a piece to stdout."""
+        self._moments.append(time.perf_counter())
+        self._pieces.append(piece)
+        console.write(piece)
+
+    def written(self, talk: "Conversation") -> Written:
+        """End the line; returns what to say of the answer, which is the conversation's last."""
+        answer, text, moments = talk.answer, "".join(self._pieces), self._moments
+        assert answer is not None
+        if not text.endswith("\n"):
+            console.write("\n")
+        count, first = answer.new_tokens, moments[1] - moments[0]
+        speed = (count - 1) / max(moments[count] - moments[1], 1e-9) if count > 1 else count / max(first, 1e-9)
+        details = {
+            "text": text,
+            "finish_reason": answer.finish,
+            "prompt_tokens": answer.read_tokens,
+            "new_tokens": count,
+            "tokens_per_second": round(speed, 2),
+            "first_token_seconds": round(first, 4),
+        }
+        return Written(details, f"{count:,} tokens, {speed:.1f} tok/s, first token {first:.2f} s")
 
 
 def write_samples(talk: "Conversation", text: str | None, how: "Answering", count: int) -> Written:

@@ -2,20 +2,14 @@
 
 import contextlib
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from megalodon.errors import InputError
 from megalodon_cli import checkpoints, console, generation
 from megalodon_cli.prompts import read_prompt, read_system
-
-if TYPE_CHECKING:
-    from megalodon.inference.conversation import Conversation
-    from megalodon.inference.session import Answering
 
 
 def generate(
@@ -215,38 +209,15 @@ def generate(
     elif text is not None or not save_state:
         # With a session to save a first Ctrl-C ends the answer alone; what was read is worth more than a moment.
         with interrupts.watched() if save_state else contextlib.nullcontext(), contextlib.suppress(GivenUp):
-            written = _write(talk, text, how, lambda: interrupts.asked)
+            shown, given_up = generation.Shown(), interrupts.given_up
+            for piece in talk.go_on(how, given_up) if text is None else talk.ask(text, how, given_up):
+                shown.show(piece)
+            written = shown.written(talk)
     generation.report(talk, directory, how, written)
     if save_state and (talk.session.position or not interrupts.asked):
         console.info(generation.save(talk, save_state, kv=kv))
     if interrupts.asked:
         raise KeyboardInterrupt
-
-
-def _write(
-    talk: "Conversation", text: str | None, how: "Answering", given_up: Callable[[], bool]
-) -> generation.Written:
-    """Stream an answer to a turn (None: go on)."""
-    moments, pieces = [time.perf_counter()], list[str]()
-    for piece in talk.go_on(how, given_up) if text is None else talk.ask(text, how, given_up):
-        moments.append(time.perf_counter())
-        pieces.append(piece)
-        console.write(piece)
-    answer, written = talk.answer, "".join(pieces)
-    assert answer is not None
-    if not written.endswith("\n"):
-        console.write("\n")
-    count, first = answer.new_tokens, moments[1] - moments[0]
-    speed = (count - 1) / max(moments[count] - moments[1], 1e-9) if count > 1 else count / max(first, 1e-9)
-    details = {
-        "text": written,
-        "finish_reason": answer.finish,
-        "prompt_tokens": answer.read_tokens,
-        "new_tokens": count,
-        "tokens_per_second": round(speed, 2),
-        "first_token_seconds": round(first, 4),
-    }
-    return generation.Written(details, f"{count:,} tokens, {speed:.1f} tok/s, first token {first:.2f} s")
 
 
 def _check_batch(source: Path | None, output: Path | None, others: list[str], samples: int) -> None:

@@ -115,9 +115,9 @@ def test_what_was_read_is_what_the_template_writes(model, template):
 
 def test_answers_end_by_length_stop_text_and_will(model):
     talk = talk_of(model)
-    whole = say(talk, "Hello", HOW._replace(max_new_tokens=30))
+    say(talk, "Hello", HOW._replace(max_new_tokens=30))
     assert talk.answer is not None
-    assert (talk.answer.finish, talk.answer.new_tokens) in {("length", 30), ("stop", talk.answer.new_tokens)}
+    assert (talk.answer.finish, talk.answer.new_tokens) == ("length", 30)
     talk.undo()
     writing = talk.ask("Hello", HOW._replace(sampling=SamplingConfig(seed=2)), lambda: len(writing.ids) == 5)
     cut = "".join(writing)
@@ -126,7 +126,6 @@ def test_answers_end_by_length_stop_text_and_will(model):
     assert talk.messages[-1]["content"] == cut
     assert read_ids(talk)[-1] == talk.end
     assert agrees(talk)
-    assert len(whole) > 0
 
 
 def test_the_end_of_turn_ends_an_answer(model):
@@ -354,30 +353,36 @@ def test_an_exported_conversation_is_a_line_of_messages(model):
     assert json.loads(line) == {"messages": [dict(message) for message in talk.messages]}
 
 
+def act_on(talk: Conversation, act: str, number: int) -> bool:
+    """Take one step of a path; whether it could be taken."""
+    try:
+        if act == "ask":
+            say(talk, f"turn {number}")
+        elif act == "undo":
+            talk.undo()
+        elif act == "retry":
+            list(talk.retry(HOW))
+        elif act == "branch":
+            talk.branch(f"b{number}")
+        elif act == "checkout":
+            talk.checkout(talk.branches[number % len(talk.branches)])
+        elif act == "read":
+            talk.read(iter(TOKENIZER.encode(f"file {number} " * 3)), lambda: Reading("f", "", 1))
+        else:
+            talk.new(None)
+    except InputError:
+        return False
+    return True
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["ask", "ask", "undo", "retry", "branch", "checkout", "read", "new"]), max_size=14))
 def test_every_path_stands_where_its_ids_lead(model, path):
     talk = talk_of(model)
     for number, act in enumerate(path):
-        try:
-            if act == "ask":
-                say(talk, f"turn {number}")
-            elif act == "undo":
-                talk.undo()
-            elif act == "retry":
-                list(talk.retry(HOW))
-            elif act == "branch":
-                talk.branch(f"b{number}")
-            elif act == "checkout":
-                talk.checkout(talk.branches[number % len(talk.branches)])
-            elif act == "read":
-                talk.read(iter(TOKENIZER.encode(f"file {number} " * 3)), lambda: Reading("f", "", 1))
-            else:
-                talk.new(None)
-        except InputError:
-            continue
-        assert talk.session.position == len(read_ids(talk))
-        assert not read_ids(talk) or agrees(talk)
+        if act_on(talk, act, number):
+            assert talk.session.position == len(read_ids(talk))
+            assert not read_ids(talk) or agrees(talk)
 
 
 OWNER = Owner("1" * 64, TOKENIZER.sha256, None, "tiny")
@@ -407,21 +412,7 @@ def test_a_conversation_from_its_file_is_the_same(model, tmp_path, path, kv):
     """After every path: what was said, where it stands, what can be undone, and every branch."""
     talk = talk_of(model, system="Be brief.")
     for number, act in enumerate(path):
-        try:
-            if act == "ask":
-                say(talk, f"turn {number}")
-            elif act == "undo":
-                talk.undo()
-            elif act == "retry":
-                list(talk.retry(HOW))
-            elif act == "branch":
-                talk.branch(f"b{number}")
-            elif act == "checkout":
-                talk.checkout(talk.branches[number % len(talk.branches)])
-            else:
-                talk.read(iter(TOKENIZER.encode(f"file {number} " * 3)), lambda: Reading("f", "", 1))
-        except InputError:
-            continue
+        act_on(talk, act, number)
     if not talk.session.position:
         return
     other = saved(talk, tmp_path / "a.mega", kv=kv)
