@@ -100,16 +100,11 @@ def _of_step(place: Path, found: checkpoints.Weights) -> Base:
 
 
 def _recipe(run: Path) -> "RunConfig | FinetuneConfig | None":
-    from megalodon.errors import RecipeError
-    from megalodon.recipe import parse_recipe
+    """The recipe of a run; None if there is none. Raises: RecipeError for one that cannot be read."""
+    from megalodon.recipe import load_recipe
 
     path = run / "recipe.yaml"
-    if not path.is_file():
-        return None
-    try:
-        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
-    except (RecipeError, UnicodeDecodeError, OSError):
-        return None
+    return load_recipe([path]).config if path.is_file() else None
 
 
 def _check_tokenizer(place: Path, tokenizer: "Tokenizer", found: checkpoints.Weights) -> None:
