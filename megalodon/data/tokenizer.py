@@ -92,6 +92,10 @@ class Tokenizer(Protocol):
         """Return the bytes one id stands for; empty for special ids. Raises: DataError for an id out of range."""
         ...
 
+    def serialized(self) -> bytes:
+        """Return what `save` writes."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files into an existing directory."""
         ...
@@ -140,9 +144,13 @@ class ByteTokenizer(_Base):
         """Return the text of ids; special ids are silent, bytes that are not UTF-8 become U+FFFD. Raises: DataError."""
         return self._decode(ids).decode("utf-8", errors="replace")
 
+    def serialized(self) -> bytes:
+        """Return what `save` writes."""
+        return self._definition.encode()
+
     def save(self, directory: Path) -> None:
         """Write `byte_tokenizer.json` into an existing directory."""
-        (directory / BYTES_FILE).write_text(self._definition, encoding="utf-8", newline="\n")
+        (directory / BYTES_FILE).write_bytes(self.serialized())
 
 
 class SentencePieceTokenizer(_Base):
@@ -220,6 +228,10 @@ class SentencePieceTokenizer(_Base):
         if self._dummy_prefix:
             raw = raw.removeprefix(b" ")
         return raw.decode("utf-8", errors="replace")
+
+    def serialized(self) -> bytes:
+        """Return what `save` writes: the SentencePiece model."""
+        return self._model
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.model` into an existing directory."""
