@@ -212,7 +212,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _pieces(tokenizer: Tokenizer, names: Mapping[int, str]) -> Parts:
-    """A SentencePiece model. Of a unigram model a text that spells `<0x41>` becomes that byte; BPE is exact."""
+    """A SentencePiece model: spaces as they are, unknown characters in bytes."""
     pieces = _SentencePiece.read(tokenizer)
     problems = {
         "pieces that are defined by the user or unused": not {*pieces.kinds} <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE},
@@ -236,7 +236,10 @@ def _pieces(tokenizer: Tokenizer, names: Mapping[int, str]) -> Parts:
     worst = min(pieces.scores[token] for token in normal)  # what is no word must not be the cheapest way through a text
     scores = [[word, pieces.scores[token] if token in normal else worst] for word, token in vocab.items()]
     unigram = {"type": "Unigram", "unk_id": pieces.kinds.index(_UNKNOWN), "vocab": scores, "byte_fallback": True}
-    return unigram, prefix, None, decoder
+    # A text may spell `<0x41>`, which the library takes for the byte's piece: it is cut behind the `<`.
+    pattern = {"Regex": "<(?=0x[0-9A-F]{2}>)"}
+    cut = {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
+    return unigram, prefix, cut, decoder
 
 
 def _merges(normal: Mapping[int, str], scores: list[float]) -> list[list[str]]:

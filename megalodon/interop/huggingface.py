@@ -27,7 +27,7 @@ from torch import Tensor
 from megalodon.checkpoint.store import write_json
 from megalodon.data.chat import ChatFormat, ChatTemplate
 from megalodon.data.tokenizer import Tokenizer, load_tokenizer
-from megalodon.errors import CheckFailed, CheckpointError, EnvironmentFault
+from megalodon.errors import CheckFailed, CheckpointError, DataError, EnvironmentFault
 from megalodon.interop.fast_tokenizer import fast_tokenizer, special_ids
 from megalodon.interop.model_card import model_card
 from megalodon.model.megalodon import ModelConfig
@@ -40,7 +40,8 @@ EXTRA_KEYS = frozenset(
 """What config.json of an export may hold besides the fields of ModelConfig and model_type."""
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "max_new_tokens": 256}
 """What generate() does unless it is told otherwise; the defaults of our own (inference/sampling.py)."""
-_BEGINS_WITH_BOS = "{{ bos_token }}"
+_BEGINNINGS = ("", "{{ bos_token }}", '{{ bos_token + " " }}')
+"""What a template may need before it so that it begins with BOS, and with the space that its tokenizer puts there."""
 _PROBE = ({"role": "user", "content": "a"},)
 
 
@@ -67,6 +68,7 @@ def write_export(
         "architectures": ["MegalodonForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_megalodon.MegalodonConfig",
+            "AutoModel": "modeling_megalodon.MegalodonModel",
             "AutoModelForCausalLM": "modeling_megalodon.MegalodonForCausalLM",
         },
         "model_type": "megalodon",
@@ -143,13 +145,17 @@ def _with_bos(directory: Path, tokenizer: Tokenizer, bos: bool) -> ChatFormat | 
     chat = ChatFormat.load(directory, tokenizer, bos=bos)
     if chat is None or not bos:
         return chat
-    plain = ChatFormat(chat.template, tokenizer, bos=False, markers=chat.markers)
-    if plain.encode(_PROBE).ids[:1] == [tokenizer.bos_id]:
-        return chat
-    template = ChatTemplate(chat.template.name, _BEGINS_WITH_BOS + chat.template.source)
-    chat = ChatFormat(template, tokenizer, bos=bos, markers=chat.markers)
-    chat.save(directory)
-    return chat
+    wanted = chat.encode(_PROBE, answer=True).ids
+    for begin in _BEGINNINGS:
+        template = ChatTemplate(chat.template.name, begin + chat.template.source)
+        if ChatFormat(template, tokenizer, bos=False, markers=chat.markers).encode(_PROBE, answer=True).ids == wanted:
+            written = ChatFormat(template, tokenizer, bos=bos, markers=chat.markers)
+            written.save(directory)
+            return written
+    raise DataError(
+        f"chat template {chat.template.name}: cannot be made to begin with BOS for transformers; let it begin with "
+        "{{ bos_token }} and tune the model again"
+    )
 
 
 def _never_written(tokenizer: Tokenizer, num_outputs: int, ends: Sequence[int]) -> list[int]:

@@ -22,7 +22,7 @@ from torch.nn.functional import dropout, pad, silu
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
@@ -198,7 +198,7 @@ class Float32Module(nn.Module):
 
 
 def _empty(*shape: int) -> Tensor:
-    """Room for values that are float32 at least, whatever the model is built in."""
+    """Room for values that are float32 at least, whatever the model is built or loaded in."""
     return torch.empty(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
 
 
@@ -246,7 +246,8 @@ class TimestepNorm(Float32Module):
 
     def _after(self, state: Statistics, mean: Tensor, var: Tensor, lengths: Tensor | None) -> Statistics:
         if lengths is None:
-            return Statistics(state.count + mean.shape[1], mean[:, -1], var[:, -1])
+            # Copies: a view would keep the statistics of every token alive.
+            return Statistics(state.count + mean.shape[1], mean[:, -1].clone(), var[:, -1].clone())
         last = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, mean.shape[2])
         none = (lengths == 0)[:, None]
         mean, var = (
@@ -536,12 +537,13 @@ class MegalodonBlock(GradientCheckpointingLayer):
 
 
 class Output(nn.Module):
-    """The final TimestepNorm and the output matrix."""
+    """The final TimestepNorm, and with `head` the output matrix."""
 
-    def __init__(self, config: MegalodonConfig) -> None:
+    def __init__(self, config: MegalodonConfig, head: bool) -> None:
         super().__init__()
         self.final_norm = TimestepNorm(config)
-        self.output = nn.Linear(config.model_dim, config.num_outputs, bias=False)
+        if head:
+            self.output = nn.Linear(config.model_dim, config.num_outputs, bias=False)
 
 
 # The model
@@ -557,9 +559,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012  (transformers reads plain lists)
     _skip_keys_device_placement = ["cache"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        *("cema", "timenorm", "final_norm", "rmsnorm", "nffn.norm", "nffn.alpha", "mega.gamma", "mega.beta", "rope")
-    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -599,16 +598,16 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             init.constant_(weight, math.nan)
 
 
-class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
-    """A Megalodon language model."""
+class MegalodonModel(MegalodonPreTrainedModel):
+    """Megalodon up to the final norm: tokens -> hidden values."""
 
-    _tied_weights_keys = {"output.output.weight": "embed.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^output\.output\.weight$"]  # noqa: RUF012
 
-    def __init__(self, config: MegalodonConfig) -> None:
+    def __init__(self, config: MegalodonConfig, head: bool = False) -> None:
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
-        self.output = Output(config)
+        self.output = Output(config, head)
         self.rope = Rotary(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -619,11 +618,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed = value
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.output.output
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.output.output = new_embeddings
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
@@ -634,24 +630,24 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         cache: MegalodonCache | None = None,
         inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits of the next token at every position.
+    ) -> BaseModelOutputWithPast:
+        """Hidden values at every position; the arguments are those of `MegalodonForCausalLM`."""
+        return self._read(input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, kwargs)
 
-        Args:
-            input_ids: (B, L) int64, any L; or inputs_embeds (B, L, D), before the scaling of `scale_emb`.
-            attention_mask: (B, L), or (B, all columns so far): 0 hides a token, as if it were not there. Texts of
-                different lengths may be padded on either side: each begins at its own first token.
-            cache: of earlier calls; it moves along.
-            labels: (B, L): the loss is that of predicting labels[:, 1:]; -100 is left out.
-            use_cache: return a cache; by default when not training.
-            logits_to_keep: the last so many positions alone; 0 = all.
-        """
-        _refuse(kwargs, attention_mask, cache)
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: MegalodonCache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        others: dict,
+    ) -> BaseModelOutputWithPast:
+        _refuse(others, attention_mask, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("megalodon: expected either input_ids or inputs_embeds")
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -659,10 +655,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             use_cache = False
         if cache is None and use_cache:
             cache = MegalodonCache()
-        L = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         order = lengths = None
         if attention_mask is not None:
-            shown = _shown(attention_mask, L, cache)
+            shown = _shown(attention_mask, (input_ids if inputs_embeds is None else inputs_embeds).shape[1], cache)
             lengths = shown.sum(1)
             # Each row's tokens to its left, in their order; what is hidden stands behind and reaches none of them.
             order = (~shown).byte().argsort(dim=1, stable=True)
@@ -674,14 +669,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         if order is not None:
             back = order.argsort(dim=1)[..., None]
             hidden, *seen = (x.gather(1, back.expand_as(x)) for x in (hidden, *seen))
-
-        logits = _float(self.output.output(slice_logits_to_keep(hidden, logits_to_keep)))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.num_outputs, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
             cache=cache if use_cache else None,
             hidden_states=tuple(seen) if output_hidden_states else None,
         )
@@ -723,12 +712,81 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             ends = [n + more for n, more in zip(filled or [0] * B, new, strict=True)]
         return Place(columns, self.rope(columns, C), lengths, filled, ends)
 
+
+class MegalodonForCausalLM(MegalodonModel, GenerationMixin):
+    """A Megalodon language model."""
+
+    _tied_weights_keys = {"output.output.weight": "embed.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = None
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config, head=True)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output.output
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.output.output = new_embeddings
+
+    @property
+    def base_model(self) -> "Body":
+        return Body(self)
+
+    def get_decoder(self) -> "Body":
+        return Body(self)
+
+    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
+    @deprecate_kwarg("cache_params", "6.0.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: MegalodonCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token at every position.
+
+        Args:
+            input_ids: (B, L) int64, any L; or inputs_embeds (B, L, D), before the scaling of `scale_emb`.
+            attention_mask: (B, L), or (B, all columns so far): 0 hides a token, as if it were not there. Texts of
+                different lengths may be padded on either side: each begins at its own first token.
+            cache: of earlier calls; it moves along.
+            labels: (B, L): the loss is that of predicting labels[:, 1:]; -100 is left out.
+            use_cache: return a cache; by default when not training.
+            logits_to_keep: the last so many positions alone; 0 = all.
+        """
+        read = self._read(input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, kwargs)
+        logits = _float(self.output.output(slice_logits_to_keep(read.last_hidden_state, logits_to_keep)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.num_outputs, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=read.cache, hidden_states=read.hidden_states)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """The cache of generate(): ours, whose size does not grow with the text."""
         if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
             raise ValueError(f"megalodon: cache_implementation is {kind}; leave it out, there is one kind of cache")
         if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
             model_kwargs["cache"] = MegalodonCache()
+
+
+class Body:
+    """A language model up to its final norm, for tools that bring their own head; it owns nothing."""
+
+    def __init__(self, model: MegalodonForCausalLM) -> None:
+        self._model = model
+
+    def __call__(self, *args, **kwargs) -> BaseModelOutputWithPast:
+        return MegalodonModel.forward(self._model, *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
 
 
 def _refuse(given: dict, attention_mask: Tensor | None, cache: object) -> None:
@@ -759,4 +817,4 @@ def _shown(attention_mask: Tensor, length: int, cache: MegalodonCache | None) ->
     return attention_mask[:, attention_mask.shape[1] - length :].bool()
 
 
-__all__ = ["MegalodonCache", "MegalodonForCausalLM", "MegalodonPreTrainedModel"]
+__all__ = ["MegalodonCache", "MegalodonForCausalLM", "MegalodonModel", "MegalodonPreTrainedModel"]
