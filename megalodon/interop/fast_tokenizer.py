@@ -45,21 +45,30 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(tokenizer.bos_id, tokenizer.eos_id, unknown, pads[0] if pads else unknown)
 
 
-def fast_tokenizer(tokenizer: Tokenizer, markers: Mapping[str, int], bos: bool) -> tuple[Json, Json]:
+def breaks_ties(tokenizer: Tokenizer) -> bool:
+    """Whether a text that can be cut in two equally likely ways may be cut in the other: so with a unigram model.
+
+    SentencePiece adds likelihoods in float32, the library in float64: in runs of one piece the rounding decides.
+    """
+    return tokenizer.kind != "bytes" and _SentencePiece.read(tokenizer).model_type == _UNIGRAM
+
+
+def fast_tokenizer(tokenizer: Tokenizer, markers: Mapping[str, int] | None, bos: bool) -> tuple[Json, Json]:
     """Return tokenizer.json and tokenizer_config.json.
 
     Args:
         tokenizer: of a model.
-        markers:   of its chat template: name -> id, reserved or above the vocabulary.
+        markers:   of its chat template: name -> id, reserved or above the vocabulary; None: it has no template.
         bos:       whether texts begin with BOS.
     Raises:
         DataError: it cannot be expressed there; the message says why.
     """
-    names = _special_names(tokenizer, markers)
+    names = _special_names(tokenizer, markers or {})
     express = _bytes if tokenizer.kind == "bytes" else _pieces
     model, normalizer, splitter, decoder = express(tokenizer, names)
-    if normalizer is not None and markers:
-        # With markers the prefix belongs to the text's beginning, not to what stands behind each of them.
+    if normalizer is not None and markers is not None:
+        # In a conversation the space belongs to its very beginning, not to what stands behind each special id. (Before
+        # a text that itself begins with a space the library puts none then.)
         normalizer, splitter = (
             None,
             {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False},

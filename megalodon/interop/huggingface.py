@@ -77,7 +77,7 @@ def write_export(
     }
     generation: dict[str, Any] = {**SAMPLING, "use_cache": True}
     if tokenizer is not None:
-        whole, known = fast_tokenizer(tokenizer, chat.markers if chat else {}, bos)
+        whole, known = fast_tokenizer(tokenizer, chat.markers if chat else None, bos)
         _write(directory / "tokenizer.json", json.dumps(whole, ensure_ascii=False, indent=1))
         write_json(directory / "tokenizer_config.json", known)
         ids = special_ids(tokenizer)

@@ -7,6 +7,7 @@ import torch
 
 from megalodon.data.chat import ChatFormat
 from megalodon.data.tokenizer import Tokenizer
+from megalodon.interop.fast_tokenizer import breaks_ties
 from megalodon.model.megalodon import ModelConfig
 
 
@@ -49,7 +50,7 @@ _LOAD = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this directory, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 """
 _USE = (
@@ -131,6 +132,11 @@ def _limits(
             "A text that spells a special token, such as `<|eos|>`, is read as that token; "
             "`tokenizer(text, split_special_tokens=True)` reads it as text."
         )
+        if breaks_ties(tokenizer):
+            found.append(
+                "Where two ways to cut a text into tokens are equally likely, as in long runs of one sign, the fast "
+                "tokenizer may take another than the one in training."
+            )
     return found
 
 
