@@ -21,6 +21,7 @@ from megalodon.errors import CheckFailed, CheckpointError, DataError, Environmen
 from megalodon.inference.sampling import SamplingConfig, allowed_ids
 from megalodon.inference.session import Session, generate
 from megalodon.interop.huggingface import CODE, EXTRA_KEYS, check_with_transformers, write_export
+from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon, ModelConfig
 
 pytest.importorskip("transformers", reason="the extra hf is not installed")
@@ -364,3 +365,68 @@ def test_peft_takes_a_step(tmp_path: Path) -> None:
         expected = adapted.eval()(tokens).logits
         assert torch.equal(again.eval()(tokens).logits, expected)
         assert_near(again.merge_and_unload()(tokens).logits, expected, LOGITS[torch.float32])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_trl_takes_a_step_on_the_loss_of_ours(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts with BOS and EOS, conversations with the answers alone: the loss before the step is that of our model."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+    from megalodon.interop.flat.modeling_megalodon import MegalodonForCausalLM
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tokenizer, base = ByteTokenizer(16), tiny_model(torch.float32, vocab_size=320)
+    chat = export(tmp_path / "it", base, tokenizer, "chatml")
+    chats = [[*CHATS[2][:2]], [{"role": "user", "content": "if"}, {"role": "assistant", "content": "return " * 5}]]
+    if kind == "text":
+        rows = [{"text": text} for text in PROMPTS[:3]]
+        encoded = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in PROMPTS[:3]]
+        trained = [[True] * len(ids) for ids in encoded]
+    else:
+        rows = [{"messages": messages} for messages in chats]
+        encoded, trained = zip(*(chat.encode(messages) for messages in chats), strict=True)
+    total, count = torch.zeros(()), 0
+    for ids, flags in zip(encoded, trained, strict=True):
+        tokens, wanted = torch.tensor([ids]), torch.tensor([flags])
+        targets = tokens.masked_fill(~wanted, -100)[:, 1:]
+        with torch.no_grad():
+            loss, number = cross_entropy(base.hidden(tokens[:, :-1])[0], base.output_weight, targets)
+        total, count = total + loss, count + int(number)
+    options = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": len(rows), "report_to": "none"}
+    options |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "max_length": None}
+    trainer = trl.SFTTrainer(
+        model=MegalodonForCausalLM.from_pretrained(tmp_path / "it"),
+        args=trl.SFTConfig(output_dir=str(tmp_path / "out"), assistant_only_loss=kind == "messages", **options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(tmp_path / "it"),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    after = trainer.model.state_dict()
+    assert all(torch.isfinite(value).all() for value in after.values())
+    moved = {name for name, value in base.named_parameters() if not torch.equal(after[name], value)}
+    assert moved == {name for name, _ in base.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packing_by_trl_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+    from megalodon.interop.flat.modeling_megalodon import MegalodonForCausalLM
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    export(tmp_path / "it", tiny_model(torch.float32, vocab_size=320), ByteTokenizer(16))
+    options = {"max_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    trainer = trl.SFTTrainer(
+        model=MegalodonForCausalLM.from_pretrained(tmp_path / "it"),
+        args=trl.SFTConfig(output_dir=str(tmp_path / "out"), packing=True, max_length=64, disable_tqdm=True, **options),
+        train_dataset=Dataset.from_list([{"text": text} for text in PROMPTS]),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(tmp_path / "it"),
+    )
+    with pytest.raises(ValueError, match=r"^megalodon: packed texts \(padding_free, packing\) are not offered here"):
+        trainer.train()
