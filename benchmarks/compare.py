@@ -60,7 +60,7 @@ class Runs:
         tuned = one.steps == self.given.steps
         changes = [f"optim.lr={one.rate:g}", f"train.seed={one.seed}", f"train.max_steps={one.steps}"]
         changes += [f"eval.every={max(1, one.steps // 8)}", "eval.samples.prompts=[]", f"checkpoint.export={tuned}"]
-        print(f"{one.key}: {run}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{one.key}: {run}\n")
         megalodon(self.given, "pretrain", one.recipe, *changes, "-o", str(run))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         evaluations = [row for row in rows if row["kind"] == "eval"]
@@ -74,7 +74,7 @@ class Runs:
         }
         self.found[one.key] = row
         self.write()
-        print(f"{one.key}: {row['bits_per_byte']:.4f} bits per byte", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{one.key}: {row['bits_per_byte']:.4f} bits per byte\n")
         return row
 
     def write(self) -> None:
@@ -236,7 +236,7 @@ def main() -> None:
     picture = given.out.with_suffix(".svg")
     draw(runs, recipes, picture)
     text = "\n".join(page(runs, recipes, picture.name))
-    print(text)
+    sys.stdout.write(text + "\n")
     if given.page:
         put(text, given.page)
 

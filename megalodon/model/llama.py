@@ -175,7 +175,7 @@ class Llama(nn.Module):
         with torch.random.fork_rng(devices=[]):  # it draws weights, which are then drawn anew
             whole = LlamaForCausalLM(TheirConfig.from_dict({**config.hugging_face(), "attn_implementation": "sdpa"}))
         self.model, self.lm_head = whole.model, whole.lm_head
-        if not self.device.type == "meta":
+        if self.device.type != "meta":
             initialise(self, seed)
 
     def forward(
