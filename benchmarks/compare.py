@@ -59,7 +59,9 @@ class Runs:
         run = self.given.folder / one.key.replace(" ", "-")
         tuned = one.steps == self.given.steps
         changes = [f"optim.lr={one.rate:g}", f"train.seed={one.seed}", f"train.max_steps={one.steps}"]
-        changes += [f"eval.every={max(1, one.steps // 8)}", "eval.samples.prompts=[]", f"checkpoint.export={tuned}"]
+        every = max(1, one.steps // 8) if tuned else one.steps  # scoring costs a third of training on as many tokens
+        changes += [f"eval.every={every}", f"eval.at_start={tuned}", "eval.samples.prompts=[]"]
+        changes += [f"checkpoint.export={tuned}"]
         sys.stderr.write(f"{one.key}: {run}\n")
         megalodon(self.given, "pretrain", one.recipe, *changes, "-o", str(run))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -190,7 +192,7 @@ def draw(runs: Runs, recipes: Sequence[str], file: Path) -> None:
     figure, (curves, sweep) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
     for name, recipe, color in zip(("Megalodon", "Llama"), recipes, ("C0", "C1"), strict=True):
         for number, row in enumerate(runs.final(recipe)):
-            points = [(tokens / 1e6, bits) for tokens, bits in row["curve"][1:]]
+            points = [(tokens / 1e6, bits) for tokens, bits in row["curve"] if tokens]
             curves.plot(*zip(*points, strict=True), color=color, alpha=0.8, label=None if number else name)
         sweep.plot(*zip(*runs.sweep(recipe).items(), strict=True), "o-", color=color, label=name)
     curves.set(xlabel="million tokens", ylabel="validation bits per byte")

@@ -126,9 +126,14 @@ class Session:
 
         Of a Llama, which has no chunks, all keys and values.
         """
-        state = self._past.state if isinstance(self.model, Megalodon) else self.state
+        state = self._past.state if self.constant else self.state
         size: int = state.num_bytes()
         return size
+
+    @property
+    def constant(self) -> bool:
+        """Whether `memory` keeps its size however much is read."""
+        return isinstance(self.model, Megalodon)
 
     @property
     def position(self) -> int:

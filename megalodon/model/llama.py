@@ -9,7 +9,6 @@ tokens read before, D width, H heads. Not here: which of the two a recipe or a f
 """
 
 import hashlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -18,8 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from megalodon.config import Config
-from megalodon.errors import EnvironmentFault
 from megalodon.model.attention import document_positions
+from megalodon.model.extras import require
 from megalodon_kernels import Backend
 
 INITIAL_STD = 0.02
@@ -166,7 +165,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig, seed: int = 0, backend: Backend = "auto") -> None:
         super().__init__()
-        require_transformers()
+        require("transformers", "model.arch llama", "hf")
         from transformers import LlamaConfig as TheirConfig
         from transformers import LlamaForCausalLM
 
@@ -294,12 +293,6 @@ class LlamaDecoder:
         logits, self._state = self.model(tokens[:, None], self._state)
         last: Tensor = logits[:, -1]
         return last
-
-
-def require_transformers() -> None:
-    """Raises: EnvironmentFault if the extra that the baseline needs is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        raise EnvironmentFault("model.arch llama needs the extra [hf]: pip install 'megalodon-lm[hf]'")
 
 
 @torch.no_grad()
