@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,7 +46,7 @@ class Runs:
     """The runs of a comparison: those of the file, and those that are still to be made."""
 
     def __init__(self, given: argparse.Namespace) -> None:
-        self.given = given
+        self.given, self._lock = given, threading.Lock()
         self.found: dict[str, Row] = json.loads(given.out.read_text())["runs"] if given.out.exists() else {}
 
     def make(self, wanted: Sequence[Wanted]) -> None:
@@ -74,8 +75,9 @@ class Runs:
             "parameters": about["parameters"],
             "curve": [[e["tokens"], e["bits_per_byte"]] for e in evaluations],
         }
-        self.found[one.key] = row
-        self.write()
+        with self._lock:
+            self.found[one.key] = row
+            self.write()
         sys.stderr.write(f"{one.key}: {row['bits_per_byte']:.4f} bits per byte\n")
         return row
 
