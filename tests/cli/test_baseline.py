@@ -107,7 +107,15 @@ def test_what_it_is_not_made_for_is_one_line() -> None:
             "model.arch=llama",
             "model.dropout=0.1",
         ): "not available with arch llama; expected 0 for every dropout",
-        ("pretrain", "debug", *TINY, "model.arch=llama", "model.num_heads=5"): "not a multiple of 2 x num_heads 5",
+        (
+            "pretrain",
+            "debug",
+            *TINY,
+            "model.arch=llama",
+            "model.num_heads=1",
+            "model.model_dim=25",
+            "model.norm_num_groups=5",
+        ): ("model_dim 25 is not a multiple of 2 x num_heads 1"),
     }
     for command, said in refused.items():
         done = run(*command)
