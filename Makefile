@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BENCH_VENV ?= $(VENV)-bench
 PROMPT = def read_file(path):
 
-.PHONY: quickstart tutorial test test-all lint fix faults bench gpu-check install
+.PHONY: quickstart tutorial test test-all lint fix faults bench compare gpu-check install
 
 quickstart: install  ## train the smallest real model here, show its curve, let it write
 	"$(BIN)/megalodon" pretrain quickstart
@@ -43,6 +43,9 @@ faults: install  ## what docs/reliability.md promises, measured; FAULTS="--only 
 bench:  ## what docs/benchmarks.md says, measured beside peers; BENCH="--only decode --turns 5" for a part of it
 	@$(call environment,$(BENCH_VENV),bench)
 	"$(BENCH_VENV)/bin/python" benchmarks/peers $(BENCH)
+
+compare: install  ## Megalodon and a Llama of its size, rates tuned alike, over seeds; COMPARE="--train DIR --valid DIR --page docs/results.md"
+	"$(BIN)/python" benchmarks/compare.py $(COMPARE)
 
 gpu-check:  ## every op on this machine's GPU, parity then timings, under ten minutes; needs torch and triton, installs nothing
 	"$(PYTHON)" kernels/gpu_check.py $(GPU_CHECK)

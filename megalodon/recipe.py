@@ -46,6 +46,8 @@ from megalodon.data.tokenizer import TokenizerConfig
 from megalodon.errors import RecipeError
 from megalodon.evaluation.perplexity import EvalConfig
 from megalodon.model.adapters import LoraConfig
+from megalodon.model.architectures import LanguageModelConfig
+from megalodon.model.llama import LlamaConfig
 from megalodon.model.megalodon import PRESETS, ModelConfig
 from megalodon.training.metrics import LogConfig
 from megalodon.training.optim import OptimConfig
@@ -103,6 +105,8 @@ class ModelSection(ModelConfig):
             raise Impossible(
                 ("num_heads", f"model_dim {self.model_dim} is not a multiple of 2 x num_heads {self.num_heads}")
             )
+        if self.arch == "llama" and self.has_dropout:
+            raise Impossible(("dropout", "not available with arch llama; expected 0 for every dropout"))
         return self
 
 
@@ -152,19 +156,26 @@ class RunConfig(Config):
         size = 256 + 4 + tokenizer.reserve if tokenizer.kind == "bytes" else tokenizer.vocab_size
         return _round_up(size, tokenizer.pad_to)
 
-    def model_config_for(self, vocab_size: int) -> ModelConfig:
+    def model_config_for(self, vocab_size: int) -> LanguageModelConfig:
         """Return the model's configuration for a tokenizer of `vocab_size` ids, rounded up to `tokenizer.pad_to`."""
-        sizes = self.model.model_dump(include=set(ModelConfig.model_fields))
-        return ModelConfig(**{**sizes, "vocab_size": _round_up(vocab_size, self.tokenizer.pad_to)})
+        rows, model = _round_up(vocab_size, self.tokenizer.pad_to), self.model
+        if model.arch == "megalodon":
+            return ModelConfig(**{**model.model_dump(include=set(ModelConfig.model_fields)), "vocab_size": rows})
+        return LlamaConfig(
+            num_layers=model.num_layers,
+            model_dim=model.model_dim,
+            num_heads=model.num_heads,
+            ffn_hidden_dim=model.ffn_hidden_dim,
+            rope_base=model.rotary_base,
+            norm_eps=model.norm_eps,
+            share_emb=model.share_emb,
+            vocab_size=rows,
+            max_positions=self.data.seq_len,
+        )
 
     def num_parameters(self) -> int:
         """Return the parameters of the model that the recipe describes, without building it."""
-        vocab, model = self.padded_vocab_size(), self.model
-        if model.arch == "megalodon":
-            return self.model_config_for(vocab).num_parameters()
-        dim, hidden = model.model_dim, model.ffn_hidden_dim
-        embeddings = (1 if model.share_emb else 2) * vocab * dim
-        return embeddings + model.num_layers * (4 * dim * dim + 3 * dim * hidden + 2 * dim) + dim
+        return self.model_config_for(self.padded_vocab_size()).num_parameters()
 
     def unset(self) -> Iterator[str]:
         """Yield the dotted keys that must be set before work starts."""

@@ -76,6 +76,7 @@ def _of_directory(place: Path, found: checkpoints.Weights) -> Base:
 def _of_step(place: Path, found: checkpoints.Weights) -> Base:
     from megalodon.data.shards import file_sha256
     from megalodon.data.tokenizer import load_tokenizer
+    from megalodon.model.megalodon import ModelConfig
     from megalodon.recipe import RunConfig
 
     run = place.parent.parent
@@ -85,11 +86,14 @@ def _of_step(place: Path, found: checkpoints.Weights) -> Base:
     store = recipe.data.dir or Path("data") / recipe.name
     tokenizer = load_tokenizer(store / "tokenizer")
     _check_tokenizer(store, tokenizer, found)
+    config = recipe.model_config_for(tokenizer.vocab_size)
+    if not isinstance(config, ModelConfig):
+        raise InputError(f"{place}: a step of arch {recipe.model.arch}, a baseline; expected a Megalodon to tune")
     return Base(
         str(place),
         None,
         found.tensors,
-        recipe.model_config_for(tokenizer.vocab_size),
+        config,
         tokenizer,
         recipe.data.bos,
         recipe.data.seq_len,

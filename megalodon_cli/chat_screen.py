@@ -196,7 +196,8 @@ class Chat:
             )
             console.result(f"{name:<20}{value}")
         console.result(f"{'context':<20}{talk.session.position:,} tokens, {talk.turns} answers")
-        console.result(f"{'state':<20}{console.amount(talk.session.memory, ' ', 'G')}B (constant)")
+        how = "(constant)" if talk.session.constant else "(grows)"
+        console.result(f"{'state':<20}{console.amount(talk.session.memory, ' ', 'G')}B {how}")
         console.result(f"{'branch':<20}{talk.current}; others: {self._others()}")
         console.result(f"{'system':<20}{talk.system or '-'}")
 

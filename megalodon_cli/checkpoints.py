@@ -31,7 +31,7 @@ class Weights(NamedTuple):
 def weights(given: str) -> Weights:
     """Return the verified weights of CKPT. Raises: InputError or CheckpointError for what is missing or damaged."""
     from megalodon.checkpoint.store import read_json, step_path, verify_step
-    from megalodon.checkpoint.tensors import load_model, read_model_info
+    from megalodon.checkpoint.tensors import load_language_model, read_model_info
     from megalodon.training.rollback import newest_of_run, read_rollbacks
 
     name, at, step = given.rpartition("@")
@@ -51,7 +51,7 @@ def weights(given: str) -> Weights:
         merge = f"megalodon convert {directory} DIR --merge"
         raise InputError(f"{given}: {directory} is an adapter; expected a model, merge it first", merge)
     info = read_model_info(directory)
-    return Weights(load_model(directory).state_dict(), str(directory), info.get("tokenizer_sha256"))
+    return Weights(load_language_model(directory).state_dict(), str(directory), info.get("tokenizer_sha256"))
 
 
 def _run_of(name: str) -> Path:

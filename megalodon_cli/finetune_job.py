@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from megalodon.data.chat import ChatFormat
     from megalodon.data.examples import PreparedExamples, Request
-    from megalodon.model.megalodon import Megalodon, ModelConfig
+    from megalodon.model.architectures import LanguageModel
+    from megalodon.model.megalodon import ModelConfig
     from megalodon.recipe import FinetuneConfig, Resolved
     from megalodon.training.optim import OptimConfig
 
@@ -30,6 +31,7 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
     from megalodon.data.examples import prepare_examples
     from megalodon.data.packing import PackedLoader, packed_validation
     from megalodon.model.adapters import inject, require_peft
+    from megalodon.model.architectures import as_megalodon
     from megalodon.model.weights import copy_weights
     from megalodon.training.memory import available_memory, fitted
     from megalodon.training.plan import make_plan
@@ -72,11 +74,11 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
     plan = make_plan(*parts, seq_len=seq_len, windows=loader.num_samples, device=asked.device)
     before = None if scratch else run_start.micro_rows(directory, frozen, plan.device.type)
 
-    def adapted(model: "Megalodon") -> None:
+    def adapted(model: "LanguageModel") -> None:
         if lora is not None:
-            inject(model, lora, config.train.seed)
+            inject(as_megalodon(model, "an adapter"), lora, config.train.seed)
 
-    def build(model: "Megalodon") -> None:
+    def build(model: "LanguageModel") -> None:
         if lora is not None:  # no checkpoint holds frozen weights
             copy_weights(model, weights, base.source)
             adapted(model)

@@ -217,7 +217,9 @@ def write_samples(talk: "Conversation", text: str | None, how: "Answering", coun
 def report(talk: "Conversation", directory: Path, how: "Answering", written: Written | None) -> None:
     """Say what it cost, and print the document."""
     size = talk.session.memory
-    place = f"context {talk.session.position:,}, state {_size(size)} (constant)"
+    place = (
+        f"context {talk.session.position:,}, state {_size(size)} ({'constant' if talk.session.constant else 'grows'})"
+    )
     console.info(f"{written.footer}, {place}, seed {how.sampling.seed}" if written else place)
     common: dict[str, Any] = {
         "model": str(directory),

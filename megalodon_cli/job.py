@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megalodon.data.examples import PreparedExamples
     from megalodon.data.loader import Batch, Samples
     from megalodon.data.prepare import Prepared
-    from megalodon.model.megalodon import Megalodon, ModelConfig
+    from megalodon.model.architectures import LanguageModel, LanguageModelConfig
     from megalodon.recipe import FinetuneConfig, Resolved, RunConfig
     from megalodon.training.loop import Row
     from megalodon.training.plan import Plan
@@ -56,7 +56,7 @@ class Job:
     directory: Path
     prepared: "Prepared | PreparedExamples"
     loader: "Samples"
-    model_config: "ModelConfig"
+    model_config: "LanguageModelConfig"
     plan: "Plan"
     frozen: Mapping[str, Any]
     asked: Asked
@@ -66,7 +66,7 @@ class Job:
     """Ids that can be predicted."""
     validation: "Callable[[], Iterator[Batch]]"
     """Always the same batches of held-out tokens."""
-    build: "Callable[[Megalodon], None]" = lambda model: None
+    build: "Callable[[LanguageModel], None]" = lambda model: None
     """See `Run.build`."""
     weights: "Mapping[str, Tensor] | None" = None
     """What a new run begins with, if it is known already."""

@@ -16,7 +16,7 @@ from megalodon_cli import checkpoints, console
 from megalodon_cli.job import Asked, Job
 
 if TYPE_CHECKING:
-    from megalodon.model.megalodon import Megalodon
+    from megalodon.model.architectures import LanguageModel
     from megalodon.recipe import FinetuneConfig, RunConfig
     from megalodon.training.run import RunRecord
 
@@ -186,7 +186,7 @@ def _say_how(job: Job, record: "RunRecord") -> None:
         )
 
 
-def initialise(job: Job, model: "Megalodon") -> None:
+def initialise(job: Job, model: "LanguageModel") -> None:
     """Give a new run the weights that model.init_from names, if any. Raises: CheckpointError if they do not fit."""
     from megalodon.model.weights import copy_weights
 

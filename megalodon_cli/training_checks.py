@@ -14,7 +14,7 @@ from megalodon_cli.job import Job
 from megalodon_cli.signals import Signals
 
 if TYPE_CHECKING:
-    from megalodon.model.megalodon import Megalodon
+    from megalodon.model.architectures import LanguageModel
     from megalodon.training.loop import Row, Run
 
 
@@ -82,7 +82,7 @@ def dry_run(job: Job, signals: Signals) -> None:
     with _scratch(job) as scratch:
         run = _run(job, signals, scratch)
 
-        def export(model: "Megalodon") -> None:
+        def export(model: "LanguageModel") -> None:
             progress = {"step": 1, "tokens": job.plan.batch_tokens}
             training_job.export(job, model, scratch / training_job.result_name(job), progress, {})
 

@@ -22,7 +22,7 @@ from megalodon_cli.training_screen import Screen, ending, header
 
 if TYPE_CHECKING:
     from megalodon.data.loader import Samples
-    from megalodon.model.megalodon import ModelConfig
+    from megalodon.model.architectures import LanguageModelConfig
     from megalodon.recipe import Resolved
     from megalodon.training.loop import Result, Run
     from megalodon.training.plan import Plan
@@ -40,7 +40,7 @@ class Started:
         self._ended: tuple[Result, Ending] | None = None
 
     @property
-    def parts(self) -> "tuple[ModelConfig, Samples, Plan]":
+    def parts(self) -> "tuple[LanguageModelConfig, Samples, Plan]":
         """What is trained, on what, and how."""
         return self.job.model_config, self.job.loader, self.job.plan
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from megalodon.data.chat import ChatFormat, Message
     from megalodon.inference.sampling import SamplingConfig
-    from megalodon.model.megalodon import Megalodon
+    from megalodon.model.architectures import LanguageModel
     from megalodon.recipe import Resolved
     from megalodon.training.loop import Result, Row
     from megalodon.training.run import RunRecord
@@ -96,7 +96,6 @@ def _unsupported(resolved: "Resolved") -> Iterator[None]:
     model = config.model
     chats = any(not isinstance(prompt, str) for prompt in config.eval.samples.prompts)
     values = [
-        ("model.arch", model.arch, model.arch != "megalodon", "megalodon"),
         ("model.lora", "an adapter", model.lora is not None, "null"),
         ("eval.samples.prompts", "messages", chats, "text"),
     ]
@@ -118,13 +117,14 @@ def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any
     from megalodon.evaluation.perplexity import ChatPromptConfig, evaluate
     from megalodon.inference.sampling import SamplingConfig
     from megalodon.inference.session import generate_text
-    from megalodon.model.adapters import merged
+    from megalodon.model.adapters import is_adapted, merged
+    from megalodon.model.architectures import as_megalodon
     from megalodon.training.loop import Task
 
     config, plan, tokenizer = job.config, job.plan, job.prepared.tokenizer
     samples, tuning = config.eval.samples, job.tuning
 
-    def score(model: "Megalodon") -> "list[Row] | None":
+    def score(model: "LanguageModel") -> "list[Row] | None":
         found = evaluate(
             model,
             job.validation(),
@@ -136,9 +136,11 @@ def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any
         )
         return None if found is None else [found.row(config.eval.by_position)]
 
-    def write(model: "Megalodon") -> "list[Row] | None":
+    def write(model: "LanguageModel") -> "list[Row] | None":
         found: list[Row] = []
-        plain = merged(model)  # a decoder reads the matrices themselves
+        plain = (
+            merged(as_megalodon(model, "an adapter")) if is_adapted(model) else model
+        )  # a decoder reads the matrices themselves
         for number, prompt in enumerate(samples.prompts):
             sampling, most = SamplingConfig(seed=number), samples.max_new_tokens
             if isinstance(prompt, ChatPromptConfig):
@@ -160,7 +162,7 @@ def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any
 
 
 def answer(
-    model: "Megalodon",
+    model: "LanguageModel",
     chat: "ChatFormat",
     messages: "Sequence[Message]",
     max_new_tokens: int,
@@ -203,13 +205,14 @@ def unigram(job: Job, bytes_table: "NDArray[np.int64]") -> float | None:
 
 
 def export(
-    job: Job, model: "Megalodon", directory: Path, progress: Mapping[str, int], scores: Mapping[str, Any]
+    job: Job, model: "LanguageModel", directory: Path, progress: Mapping[str, int], scores: Mapping[str, Any]
 ) -> None:
     """Write a model directory, or one with the adapters: weights, tokenizer, template, and what they came from."""
     import hashlib
 
     from megalodon.checkpoint.adapter_files import save_adapter
     from megalodon.checkpoint.tensors import save_model
+    from megalodon.model.architectures import as_megalodon
     from megalodon.recipe import dump
 
     config, tokenizer, tuning = job.config, job.prepared.tokenizer, job.tuning
@@ -233,7 +236,7 @@ def export(
 
     if tuning is not None and config.model.lora is not None:
         assert tuning.base.directory is not None
-        save_adapter(model, directory, tuning.base.directory, beside, meta)
+        save_adapter(as_megalodon(model, "an adapter"), directory, tuning.base.directory, beside, meta)
     else:
         save_model(model, directory, beside, meta)
 

@@ -12,7 +12,7 @@ from megalodon_cli.job import Ending, Job, Tuning
 from megalodon_cli.training_job import result_name
 
 if TYPE_CHECKING:
-    from megalodon.model.megalodon import ModelConfig
+    from megalodon.model.architectures import LanguageModelConfig
     from megalodon.training.loop import Result, Row
     from megalodon.training.run import RunRecord
 
@@ -126,7 +126,9 @@ def header(job: Job, peak: float) -> None:
     trained, also = count, ""
     if (lora := config.model.lora) is not None:
         from megalodon.model.adapters import num_adapter_parameters
+        from megalodon.model.megalodon import ModelConfig
 
+        assert isinstance(job.model_config, ModelConfig)  # a baseline has no adapters
         trained = num_adapter_parameters(job.model_config, lora)
         also = f"; trained: {trained:,} of adapters of rank {lora.r}, {trained / (count + trained):.1%} of all"
     console.info(f"  model    {count:,} parameters: {_shares(job.model_config)}{also}")
@@ -167,25 +169,19 @@ def _example(job: Job, tuning: Tuning) -> None:
         console.info(f"  | {line}")
 
 
-def _shares(config: "ModelConfig") -> str:
+def _shares(config: "LanguageModelConfig") -> str:
     """Where the parameters are, in percent."""
     import torch
 
-    from megalodon.model.megalodon import Megalodon
+    from megalodon.model.architectures import build_model
+    from megalodon.training.optim import group_of
 
     with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in Megalodon(config).named_parameters()}
+        sizes = {name: p.numel() for name, p in build_model(config).named_parameters()}
+    titles = {"embed": "embeddings", "head": "embeddings", "attn": "attention", "ffn": "ffn"}
     parts = {"embeddings": 0, "attention": 0, "ffn": 0, "cema and norms": 0}
     for name, size in sizes.items():
-        last = name.split(".")[-2]
-        if name.startswith("embed.") or last == "output":
-            parts["embeddings"] += size
-        elif ".nffn." in name:
-            parts["ffn"] += size
-        elif last in ("wv", "wz", "wr", "wh1", "wh2", "mega"):
-            parts["attention"] += size
-        else:
-            parts["cema and norms"] += size
+        parts[titles.get(group_of(name), "cema and norms")] += size
     return ", ".join(f"{name} {size / sum(sizes.values()):.0%}" for name, size in parts.items())
 
 

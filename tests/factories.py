@@ -1,5 +1,6 @@
 """Small, legal things to test with; no two of their dimensions are equal, so that a transposed tensor is noticed."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,3 +51,10 @@ def random_starts(batch: int, length: int, seed: int = 0) -> Tensor:
     if length > 3:
         starts[0, length // 3 : length // 3 + 2] = True
     return starts
+
+
+@torch.no_grad()
+def endless(model: Megalodon, ends: Iterable[int]) -> Megalodon:
+    """The model with logits of 0 for the ids that end a text: greedily it writes on for ever."""
+    model.output_weight[list(ends)] = 0
+    return model

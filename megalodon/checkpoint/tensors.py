@@ -11,7 +11,7 @@ Code in a model directory is never run, nothing is unpickled. Not here: checkpoi
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -22,15 +22,18 @@ from torch import Tensor
 from megalodon.checkpoint.store import check_files, check_space, describe_file, read_json, staged, write_json
 from megalodon.checkpoint.tensor_files import read_boxes
 from megalodon.errors import CheckpointError, EnvironmentFault
+from megalodon.model.architectures import LanguageModel, LanguageModelConfig, with_weights
+from megalodon.model.llama import LlamaConfig
 from megalodon.model.megalodon import Megalodon, ModelConfig
-from megalodon.model.weights import assign_weights
 
 FORMAT = "megalodon/model/1"
 WEIGHTS = "model.safetensors"
+_TENSORS = 60
+"""More than a block and all outside the blocks have between them."""
 
 
 def save_model(
-    model: Megalodon, directory: Path, tokenizer_save: Callable[[Path], None] | None, meta: Mapping[str, Any]
+    model: LanguageModel, directory: Path, tokenizer_save: Callable[[Path], None] | None, meta: Mapping[str, Any]
 ) -> None:
     """Write a model directory aside and rename it; one that stands there already gives way when the new one is whole.
 
@@ -53,7 +56,7 @@ def save_model(
         with staged(directory, replace=True) as aside:
             if tokenizer_save:
                 tokenizer_save(aside)
-            write_json(aside / "config.json", {"model_type": "megalodon", **model.config.model_dump(mode="json")})
+            write_json(aside / "config.json", _config_json(model.config))
             save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
             files = {path.name: describe_file(path) for path in sorted(aside.iterdir())}
             about = {"format": FORMAT, **meta, "weights_sha256": files[WEIGHTS]["sha256"], "files": files}
@@ -83,24 +86,36 @@ def read_model_info(path: str | Path) -> dict[str, Any]:
     return info
 
 
+def _config_json(config: LanguageModelConfig) -> dict[str, Any]:
+    if isinstance(config, LlamaConfig):
+        return config.hugging_face()
+    return {"model_type": "megalodon", **config.model_dump(mode="json")}
+
+
 def load_model(path: str | Path) -> Megalodon:
+    """The same for a Megalodon. Raises: CheckpointError for a baseline of arch llama, and as `load_language_model`."""
+    read_model_info(path)
+    read_config(Path(path))
+    return cast(Megalodon, load_language_model(path))
+
+
+def load_language_model(path: str | Path) -> LanguageModel:
     """Build the model of a model directory, in float32 on the CPU, after verifying every file.
 
     Raises:
         CheckpointError: a file is missing, truncated or changed (weights or tokenizer), a configuration key is unknown,
             or a tensor is missing, unexpected or of another shape; the message names it, what came and what was
             expected.
+        EnvironmentFault: the model is a Llama and the extra `hf` is missing.
     """
     directory = Path(path)
     info = read_model_info(directory)
     files = info.get("files")
     if not isinstance(files, dict) or WEIGHTS not in files:
         raise CheckpointError(f"{directory / 'megalodon.json'} does not list {WEIGHTS}; save the model again")
-    config = read_config(directory)
-    with torch.device("meta"):
-        model = Megalodon(config)
+    config = _read_any_config(directory)
     try:
-        read_boxes(directory / WEIGHTS, 2 * len(model.state_dict()))  # before anything of its size is allocated
+        read_boxes(directory / WEIGHTS, _TENSORS * config.num_layers)  # before anything of its size is allocated
         tensors = load_file(directory / WEIGHTS)
     except CheckpointError:
         check_files(directory, files)
@@ -108,13 +123,27 @@ def load_model(path: str | Path) -> Megalodon:
     except (SafetensorError, OSError) as error:
         check_files(directory, files)  # says more than the library does: which file, which size
         raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error
-    assign_weights(model, tensors, str(directory / WEIGHTS))  # first: it names tensors, where a hash only differs
+    # Before the hashes: this names tensors, where a hash only differs.
+    model = with_weights(config, tensors, str(directory / WEIGHTS))
     check_files(directory, files)
     return model
 
 
+def _read_any_config(directory: Path) -> LanguageModelConfig:
+    path = directory / "config.json"
+    fields = read_json(path)
+    if fields.get("model_type") != "llama":
+        return read_config(directory)
+    try:
+        return LlamaConfig.from_hugging_face(fields)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def read_config(directory: Path) -> ModelConfig:
-    """Read config.json of a model directory.
+    """Read config.json of a Megalodon's model directory.
 
     Raises:
         CheckpointError: it is missing, of another model type, or has an unknown key or an impossible value.

@@ -20,8 +20,8 @@ from megalodon.data.loader import IGNORED, Batch
 from megalodon.data.shards import Store
 from megalodon.errors import DataError
 from megalodon.inference.session import evaluating
+from megalodon.model.architectures import LanguageModel
 from megalodon.model.loss import token_losses
-from megalodon.model.megalodon import Megalodon
 
 _BLOCK = 1 << 22
 
@@ -96,7 +96,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Megalodon,
+    model: LanguageModel,
     batches: Iterable[Batch],
     bytes_table: NDArray[np.int64],
     num_classes: int,
@@ -141,7 +141,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def _losses(model: Megalodon, batch: Batch, num_classes: int, block: int, bf16: bool) -> NDArray[np.float64]:
+def _losses(model: LanguageModel, batch: Batch, num_classes: int, block: int, bf16: bool) -> NDArray[np.float64]:
     """(B, L) nats, 0 where ignored."""
     tokens, targets, starts = (torch.from_numpy(x) for x in batch)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):

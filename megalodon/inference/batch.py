@@ -13,7 +13,9 @@ from torch import Tensor
 from megalodon.inference.sampling import Chooser, SamplingConfig, allowed_ids
 from megalodon.inference.session import Session, Writer
 from megalodon.inference.stream import Stops, TokenStream
+from megalodon.model.architectures import as_megalodon
 from megalodon.model.decoder import Decoder
+from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State, stack_states
 
 
@@ -57,14 +59,16 @@ def write_together(
         rows.append(row)
         if request.ids:
             session.feed(request.ids)
-        if session.norm_stats == "window":  # statistics are renewed at other steps in each row: one by one
+        # Under `window` statistics are renewed at other steps in each row; the states of a baseline have other lengths.
+        if session.norm_stats == "window" or not isinstance(writer.model, Megalodon):
             while row.take(token := row.choose(session.logits)):
                 session.step(token)
             continue
         states.append(session.state)
         logits.append(session.logits)
     if states:
-        _decode(writer, rows, Decoder(writer.model, stack_states(states)), torch.stack(logits))
+        decoder = Decoder(as_megalodon(writer.model, "a batch"), stack_states(states))
+        _decode(writer, rows, decoder, torch.stack(logits))
     return [row.written() for row in rows]
 
 

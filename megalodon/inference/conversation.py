@@ -22,6 +22,7 @@ from megalodon.inference.sampling import allowed_ids
 from megalodon.inference.session import ZERO_TOKENS, Answering, Finish, Session, Snapshot, Writer, Writing
 from megalodon.inference.session_file import Contents, History, Mark, load_session, save_session
 from megalodon.inference.stream import Stops
+from megalodon.model.architectures import as_megalodon
 
 KEPT = 32
 """Places before turns that are kept; further back nothing can be undone."""
@@ -249,7 +250,7 @@ class Conversation:
             norm_stats=session.norm_stats,
             state=session.state if kv else None,
         )
-        save_session(path, contents, writer.model, writer.owner)
+        save_session(path, contents, as_megalodon(writer.model, "a session file"), writer.owner)
 
     @classmethod
     def load(cls, writer: Writer, path: Path, *, raw: bool = False) -> "Conversation":
@@ -258,7 +259,7 @@ class Conversation:
             raise InputError(
                 f"{path}: this model is of no model directory, so nothing tells whether the session is its"
             )
-        contents = load_session(path, writer.model, writer.owner)
+        contents = load_session(path, as_megalodon(writer.model, "a session file"), writer.owner)
         talk = cls(writer, Session(writer.model, norm_stats=contents.norm_stats), contents.system, raw=raw)
         try:
             talk._go(replace(_place_of(contents.here), earlier=tuple(map(_place_of, contents.turns))))

@@ -15,23 +15,24 @@ import contextlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from megalodon.checkpoint.adapter_files import is_adapter, load_adapter, read_adapter_info
-from megalodon.checkpoint.tensors import load_model, read_model_info
+from megalodon.checkpoint.tensors import load_language_model, read_model_info
 from megalodon.data.chat import ChatFormat
 from megalodon.data.tokenizer import Tokenizer, load_tokenizer
 from megalodon.errors import CheckpointError, InputError
 from megalodon.inference.norm_window import KEPT, NormStats, check_norm_stats, is_due, refreshed
 from megalodon.inference.sampling import Chooser, SamplingConfig, allowed_ids
 from megalodon.inference.stream import TokenStream
+from megalodon.model.architectures import LanguageModel, ModelState, as_megalodon, make_decoder
 from megalodon.model.decoder import Decoder
+from megalodon.model.llama import LlamaDecoder
 from megalodon.model.megalodon import Megalodon
-from megalodon.model.state import State
 
 PIECE = 1024
 """Tokens of one forward pass while reading: bounds the memory of a prompt of any length. Longer pieces are little
@@ -46,7 +47,7 @@ ZERO_TOKENS = "zero tokens; expected at least 1; give some text"
 class Past(NamedTuple):
     """What a session had read where its open chunk began; all that continue from there share it."""
 
-    state: State
+    state: ModelState
     """At the last chunk boundary; or where a session began that was given a state inside a chunk."""
     position: int
     """Tokens read until then."""
@@ -83,7 +84,11 @@ class Session:
     """
 
     def __init__(
-        self, model: Megalodon, state: State | None = None, piece: int = PIECE, norm_stats: NormStats = "cumulative"
+        self,
+        model: LanguageModel,
+        state: ModelState | None = None,
+        piece: int = PIECE,
+        norm_stats: NormStats = "cumulative",
     ) -> None:
         if state is not None and len(state.position) != 1:
             raise InputError(f"session: the state has {len(state.position)} rows; expected 1")
@@ -92,29 +97,43 @@ class Session:
         self.model = model
         self.piece = piece
         self.norm_stats = check_norm_stats(norm_stats)
+        if norm_stats == "window":
+            as_megalodon(model, "norm_stats window")
         begin = model.empty_state(1) if state is None else state
         if self.norm_stats == "window" and int(begin.position):
             raise InputError("session: under norm_stats window a state needs the ids before it; rewind to a snapshot")
         self._past, self._tail = Past(begin, int(begin.position), ()), list[int]()
-        self._state: State | None = begin  # None: the decoder has it, or the open chunk is to be read again
-        self._decoder: Decoder | None = None  # at this place only while `_decoding`; else kept for what it has formed
+        self._state: ModelState | None = begin  # None: the decoder has it, or the open chunk is to be read again
+        self._decoder: Decoder | LlamaDecoder | None = (
+            None  # at this place only while `_decoding`; else kept for what it has formed
+        )
         self._decoding = False
         self._logits: Tensor | None = None
 
     @property
-    def state(self) -> State:
+    def state(self) -> ModelState:
         """What was read so far, as a value; after `rewind` it is formed here, from less than a chunk."""
         if self._state is None:
             if self._decoding and self._decoder is not None:
                 self._state = self._decoder.state()
             else:
                 self._read_again()
-        return cast(State, self._state)
+        return self._state
 
     @property
     def memory(self) -> int:
-        """Bytes that hold all before the open chunk: the same at any length, if reading began at a boundary."""
-        return self._past.state.num_bytes()
+        """Bytes that hold all before the open chunk: the same at any length, if reading began at a boundary.
+
+        Of a Llama, which has no chunks, all keys and values.
+        """
+        state = self._past.state if self.constant else self.state
+        size: int = state.num_bytes()
+        return size
+
+    @property
+    def constant(self) -> bool:
+        """Whether `memory` keeps its size however much is read."""
+        return isinstance(self.model, Megalodon)
 
     @property
     def position(self) -> int:
@@ -166,8 +185,8 @@ class Session:
             state = self.state
             if due:
                 with evaluating(self.model):
-                    state = refreshed(self.model, state, self._past.recent, self.piece)
-            self._decoder = decoder = Decoder(self.model, state) if decoder is None else decoder.at(state)
+                    state = refreshed(as_megalodon(self.model, "norm_stats"), state, self._past.recent, self.piece)
+            self._decoder = decoder = make_decoder(self.model, state) if decoder is None else decoder.at(state)
         # In the middle of a step some layers have moved and some have not: until it is whole, the open chunk stands for
         # the state.
         self._decoding, self._state = False, None
@@ -190,7 +209,7 @@ class Session:
         """This place, to come back to by `rewind`; it takes less than a chunk of ids."""
         return Snapshot(self._past, tuple(self._tail), self._logits)
 
-    def rewind(self, snapshot: Snapshot, state: State | None = None) -> None:
+    def rewind(self, snapshot: Snapshot, state: ModelState | None = None) -> None:
         """Go to the place of a snapshot of this session or of another one of the same model and norm policy.
 
         The open chunk is read again when its state is next needed: less than a chunk, however much was read before.
@@ -235,7 +254,9 @@ class Session:
 class _Course:
     """Reading on from a place by forward passes: the state, the last boundary and the ids since move along."""
 
-    def __init__(self, model: Megalodon, window: int | None, state: State, past: Past, tail: list[int]) -> None:
+    def __init__(
+        self, model: LanguageModel, window: int | None, state: ModelState, past: Past, tail: list[int]
+    ) -> None:
         self.model, self.window, self.state, self.past, self.tail = model, window, state, past, tail
 
     @property
@@ -251,7 +272,9 @@ class _Course:
         while start < len(ids):
             end = start + self._reach(len(ids) - start)
             if self.window and is_due(self.position, C):
-                self.state = refreshed(self.model, self.state, self.past.recent, self.window)
+                self.state = refreshed(
+                    as_megalodon(self.model, "norm_stats"), self.state, self.past.recent, self.window
+                )
             tokens = torch.tensor(ids[start:end], device=self.model.device)[None]
             hidden, self.state = self.model.hidden(tokens, self.state)
             self.tail += ids[start:end]
@@ -267,14 +290,14 @@ class _Course:
         return last if 0 < last < length else length
 
 
-def _closed(past: Past, chunks: list[int], state: State, window: int | None) -> Past:
+def _closed(past: Past, chunks: list[int], state: ModelState, window: int | None) -> Past:
     """The past at a boundary; `chunks` are the ids since the one before."""
     recent = (*past.recent, tuple(chunks))[-KEPT:] if window else ()
     return Past(state, past.position + len(chunks), recent)
 
 
 @contextlib.contextmanager
-def evaluating(model: Megalodon) -> Iterator[None]:
+def evaluating(model: LanguageModel) -> Iterator[None]:
     """Dropout is off inside; afterwards every part of the model is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -299,7 +322,7 @@ class Owner(NamedTuple):
 class Writer(NamedTuple):
     """A model with the tokenizer it was trained with."""
 
-    model: Megalodon
+    model: LanguageModel
     tokenizer: Tokenizer
     bos: bool
     """Whether documents began with BOS in training, so that prompts do too."""
@@ -319,7 +342,7 @@ def load_writer(directory: Path) -> Writer:
     """
     adapter = is_adapter(directory)
     info = read_adapter_info(directory) if adapter else read_model_info(directory)
-    model = (load_adapter(directory) if adapter else load_model(directory)).eval()
+    model = (load_adapter(directory) if adapter else load_language_model(directory)).eval()
     tokenizer = load_tokenizer(directory)
     expected = info.get("tokenizer_sha256", tokenizer.sha256)
     if tokenizer.sha256 != expected:
@@ -495,7 +518,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, bos: bool) -> list[int]:
 
 
 def generate_text(
-    model: Megalodon,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int = 64,

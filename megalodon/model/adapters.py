@@ -9,7 +9,6 @@ Not here: directories with adapters (checkpoint/adapter_files.py), what is train
 """
 
 import copy
-import importlib.util
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,7 +17,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from megalodon.config import Config
-from megalodon.errors import CheckpointError, EnvironmentFault, InputError
+from megalodon.errors import CheckpointError, InputError
+from megalodon.model.extras import require
 from megalodon.model.megalodon import Megalodon, ModelConfig
 
 TARGETS = ("wz", "wv", "wr", "wh1", "wh2", "fc1", "fc2", "fc3")
@@ -55,8 +55,7 @@ class LoraConfig(Config):
 
 def require_peft() -> None:
     """Raises: EnvironmentFault if the extra that adapters need is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise EnvironmentFault("adapters (model.lora) need the extra [finetune]: pip install 'megalodon-lm[finetune]'")
+    require("peft", "model.lora (adapters)", "finetune")
 
 
 def inject(model: Megalodon, config: LoraConfig, seed: int) -> None:

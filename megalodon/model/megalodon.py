@@ -103,6 +103,25 @@ class ModelConfig(Config):
         """Base of the rotary frequencies."""
         return 10_000.0 if self.rope_base is None else self.rope_base
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return any((self.dropout, self.hidden_dropout, self.attention_dropout))
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return the floating-point operations a token needs in forward and backward pass together.
+
+        Counted: 6 for each parameter but the embedding rows (a tied matrix counts as output); 3 x (2Z + 2V) for each
+        key a query sees, on average (C + 1) / 2 of a chunk, in each layer; 3 x 12 for each of the D x N complex
+        averages of a layer (a complex multiply-add and the read-out). Not counted: norms, activations, anything
+        computed twice.
+        """
+        matrices = self.num_parameters() - (0 if self.share_emb else self.vocab_size * self.model_dim)
+        keys = (min(self.chunk_size, seq_len) + 1) / 2
+        attention = 3 * keys * 2 * (self.z_dim + self.value_dim)
+        cema = 3 * 12 * self.model_dim * self.cema_ndim
+        return 6 * matrices + self.num_layers * (attention + cema)
+
     def num_parameters(self) -> int:
         """Parameters of the model, without building it; a tied matrix counts once."""
         D, Z, V, F, N = self.model_dim, self.z_dim, self.value_dim, self.ffn_hidden_dim, self.cema_ndim

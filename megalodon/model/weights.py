@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalodon.errors import CheckpointError
 from megalodon.model.attention import rotary_frequencies
@@ -68,7 +68,7 @@ def assign_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str)
 
 
 @torch.no_grad()
-def copy_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str) -> None:
+def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy weights into the parameters of `model`, which stay the objects they are, on their device.
 
     Args:

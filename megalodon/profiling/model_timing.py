@@ -20,7 +20,7 @@ from megalodon.model.megalodon import Megalodon, ModelConfig
 from megalodon.model.state import LayerState, State
 from megalodon.profiling.meter import REST, Meter, Row, dtype_name, milliseconds
 from megalodon.training.execution import compile_model, recompute
-from megalodon.training.metrics import flops_per_token, peak_memory
+from megalodon.training.metrics import peak_memory
 from megalodon.training.optim import build_optimizer
 from megalodon.training.plan import MICRO_TOKENS
 from megalodon_kernels import Statistics
@@ -207,7 +207,7 @@ def _train(request: "Request", meter: Meter) -> Iterator[Row]:
             meter.report(text)
         tokens, shape = rows * length, {"B": rows, "L": length}
         spread = meter.time(f"train step of {rows} x {length:,} tokens", step)
-        flops = flops_per_token(config, length) * tokens
+        flops = config.flops_per_token(length) * tokens
         seconds = spread.median
         yield Row(
             "train", "step", "step", shape, dtype, request.backend, **milliseconds(spread),

@@ -20,7 +20,7 @@ from megalodon.checkpoint.store import Saved, check_space, load_tensors, step_pa
 from megalodon.config import show
 from megalodon.data.loader import Samples
 from megalodon.errors import InputError
-from megalodon.model.megalodon import ModelConfig
+from megalodon.model.architectures import LanguageModelConfig
 from megalodon.training.loop import Result, Row, Run, train
 from megalodon.training.metrics import MetricsLog
 from megalodon.training.plan import Plan
@@ -48,7 +48,7 @@ class ResumeCheck(NamedTuple):
 
 
 def check_resume(
-    model_config: ModelConfig, loader: Samples, plan: Plan, run: Run, *, steps: int, scratch: Path
+    model_config: LanguageModelConfig, loader: Samples, plan: Plan, run: Run, *, steps: int, scratch: Path
 ) -> ResumeCheck | None:
     """Train `steps` steps twice, once with a stop, a save and a load in the middle, and compare what comes out.
 

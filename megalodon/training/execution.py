@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalodon.errors import EnvironmentFault
 from megalodon.model.adapters import is_adapted
-from megalodon.model.megalodon import Block, Megalodon
+from megalodon.model.architectures import LanguageModel, attention_half, pointwise_parts
 
 Recompute = Literal["none", "attention", "block"]
 Compile = Literal["auto", "block"] | bool
@@ -26,25 +26,25 @@ LIMIT = 64
 """Shapes a compiled part is compiled for, one more is an error; windows that grow (warm-up) need one a length."""
 
 
-def recompute(model: Megalodon, what: Recompute) -> None:
+def recompute(model: LanguageModel, what: Recompute) -> None:
     """Let every block, or its attention half, keep its input alone until its gradient is needed.
 
     The forward pass of that part then runs twice, with the random numbers of the first time: loss and gradients are
     bitwise those of `none`. Where no gradient is recorded nothing changes.
     """
-    for block in _blocks(model) if what != "none" else ():
-        part = block if what == "block" else block.mega
-        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
+    for block in model.layers if what != "none" else ():
+        part = block if what == "block" else attention_half(block)
+        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
 
 
-def keep_all(model: Megalodon) -> None:
+def keep_all(model: LanguageModel) -> None:
     """Take back `recompute`."""
-    for block in _blocks(model):
-        for part in (block, block.mega):
+    for block in model.layers:
+        for part in (block, attention_half(block)):
             vars(part).pop("forward", None)
 
 
-def compile_model(model: Megalodon, wanted: Compile, device: torch.device) -> str | None:
+def compile_model(model: LanguageModel, wanted: Compile, device: torch.device) -> str | None:
     """Compile parts of the model in place; return what the user should know of it, if anything.
 
     By default those without a graph break, feed-forward networks and RMSNorms: the portable ops read document starts
@@ -73,7 +73,7 @@ def compile_model(model: Megalodon, wanted: Compile, device: torch.device) -> st
     whole = wanted == "block"
     # Where graphs break, torch would run what exceeds the limit as it was written, and say nothing.
     torch._dynamo.config.fail_on_recompile_limit_hit |= whole
-    for part in _blocks(model) if whole else _parts(model):
+    for part in model.layers if whole else _parts(model):
         # DoRA asks for its weights in a way that breaks the graph.
         unbroken = not whole and not is_adapted(model)
         part.compile(dynamic=False, fullgraph=unbroken, recompile_limit=LIMIT, options={"fallback_random": True})
@@ -82,9 +82,9 @@ def compile_model(model: Megalodon, wanted: Compile, device: torch.device) -> st
 
 
 @contextlib.contextmanager
-def eager(model: Megalodon) -> Iterator[None]:
+def eager(model: LanguageModel) -> Iterator[None]:
     """Run a compiled model as it was written: batches and prompts of many shapes would each be compiled."""
-    parts = [part for part in (*_blocks(model), *_parts(model)) if part._compiled_call_impl is not None]
+    parts = [part for part in (*model.layers, *_parts(model)) if part._compiled_call_impl is not None]
     calls = [part._compiled_call_impl for part in parts]
     for part in parts:
         part._compiled_call_impl = None
@@ -95,14 +95,8 @@ def eager(model: Megalodon) -> Iterator[None]:
             part._compiled_call_impl = call
 
 
-def _blocks(model: Megalodon) -> Iterator[Block]:
-    for block in model.layers:
-        assert isinstance(block, Block)
-        yield block
-
-
-def _parts(model: Megalodon) -> list[nn.Module]:
-    return [part for block in _blocks(model) for part in (block.nffn, block.mega.rmsnorm)]
+def _parts(model: LanguageModel) -> list[nn.Module]:
+    return [part for block in model.layers for part in pointwise_parts(block)]
 
 
 def _missing_compiler(device: torch.device) -> str | None:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalodon.model.architectures import LanguageModel, ModelState
 from megalodon.model.cema import Cema
 from megalodon.model.megalodon import Megalodon
-from megalodon.model.state import State
 
 
 @torch.no_grad()
-def health_row(model: Megalodon, state: State | None) -> dict[str, Any]:
-    """Return the row of kind `health` of metrics.jsonl, one entry a layer.
+def health_row(model: LanguageModel, state: ModelState | None) -> dict[str, Any] | None:
+    """Return the row of kind `health` of metrics.jsonl, one entry a layer; None for a model without CEMA.
 
         memory       tokens, over the D channels: median, 99.9 percentile and maximum of `memory_tokens`
         decay        |q| over all D x N averages: 99.9 percentile and maximum
@@ -31,6 +31,8 @@ def health_row(model: Megalodon, state: State | None) -> dict[str, Any]:
         model: its parameters are read.
         state: what the rows of the last pass left behind; None leaves variance and cema_state out.
     """
+    if not isinstance(model, Megalodon):
+        return None
     layers = []
     for number, block in enumerate(model.layers):
         mega: Any = block.mega

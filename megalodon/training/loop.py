@@ -41,14 +41,13 @@ from megalodon.data.loader import IGNORED, Batch, Samples
 from megalodon.data.prefetch import Prefetch
 from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError
 from megalodon.model.adapters import is_adapted, trainable
+from megalodon.model.architectures import LanguageModel, LanguageModelConfig, ModelState, build_model
 from megalodon.model.loss import loss_sums
-from megalodon.model.megalodon import Megalodon, ModelConfig
-from megalodon.model.state import State
 from megalodon.training.execution import compile_model, deterministic, eager, recompute
 from megalodon.training.guard import StepGuard, Verdict
 from megalodon.training.health import health_row
 from megalodon.training.memory import explained
-from megalodon.training.metrics import MetricsLog, flops_per_token, machine_row
+from megalodon.training.metrics import MetricsLog, machine_row
 from megalodon.training.optim import (
     AveragedWeights,
     build_optimizer,
@@ -77,7 +76,7 @@ Report = Callable[[Row], None]
 class Task(NamedTuple):
     """Something the loop asks for between two steps: at the start, every `every` steps and at the end."""
 
-    call: Callable[[Megalodon], list[Row] | None]
+    call: Callable[[LanguageModel], list[Row] | None]
     """Returns rows for metrics.jsonl, or None if it was abandoned because a stop was asked for."""
     every: int | None = None
     at_start: bool = False
@@ -104,9 +103,9 @@ class Run:
     """What the manifest of a checkpoint records besides its files: frozen values, versions."""
     tasks: tuple[Task, ...] = ()
     """In the order in which they run."""
-    build: Callable[[Megalodon], None] = lambda model: None
+    build: Callable[[LanguageModel], None] = lambda model: None
     """Called with every model that was just made: gives it what no checkpoint holds, frozen weights and adapters."""
-    initialise: Callable[[Megalodon], None] = lambda model: None
+    initialise: Callable[[LanguageModel], None] = lambda model: None
     """Called with the model of a run that starts at step 0, before its first step: weights from elsewhere."""
     resume_from: Path | None = None
     """The one checkpoint to continue from; None = the newest of this run that verifies."""
@@ -137,7 +136,7 @@ class Result(NamedTuple):
     """Why it stopped before the horizon; empty when finished."""
     saved: Path | None
     """The newest checkpoint; None if the run stopped before its first step."""
-    model: Megalodon
+    model: LanguageModel
     """With optim.ema a finished run's has the averaged weights."""
 
 
@@ -149,11 +148,11 @@ class _Pass(NamedTuple):
     """Mean over the targets, in nats, without the penalty."""
     z: float
     """Mean of logsumexp²."""
-    state: State | None
+    state: ModelState | None
     """After the last micro-batch; None if no health row is due."""
 
 
-def train(model_config: ModelConfig, loader: Samples, plan: Plan, run: Run) -> Result:
+def train(model_config: LanguageModelConfig, loader: Samples, plan: Plan, run: Run) -> Result:
     """Train a model in a run directory, continuing from its newest checkpoint that verifies.
 
     Raises:
@@ -177,11 +176,11 @@ def train(model_config: ModelConfig, loader: Samples, plan: Plan, run: Run) -> R
 class Trainer:
     """A model, its optimizer and how far they are."""
 
-    def __init__(self, model_config: ModelConfig, loader: Samples, plan: Plan, run: Run) -> None:
+    def __init__(self, model_config: LanguageModelConfig, loader: Samples, plan: Plan, run: Run) -> None:
         self.loader, self.plan, self.run = loader, plan, run
         self.batches = Prefetch(lambda first: loader.batch(first, plan.rows), plan.rows)
         backend: Any = plan.config.backend
-        self.model = Megalodon(model_config, seed=plan.config.seed, backend=backend)
+        self.model: LanguageModel = build_model(model_config, plan.config.seed, backend)
         run.build(self.model)
         self.model.to(plan.device)
         recompute(self.model, plan.config.recompute)
@@ -192,8 +191,8 @@ class Trainer:
         self.rollbacks: list[Rollback] = []
         self.metrics = MetricsLog(run.directory / "metrics.jsonl")
         self.checkpoints = run.directory / "checkpoints"
-        self.flops = flops_per_token(model_config, plan.seq_len)
-        self.dropout = any((model_config.dropout, model_config.hidden_dropout, model_config.attention_dropout))
+        self.flops = model_config.flops_per_token(plan.seq_len)
+        self.dropout = model_config.has_dropout
         self.dropout |= any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.model.modules())
         self.step, self.updates, self.tokens, self.targets = 0, 0, 0, 0
         self.consumed = 0
@@ -246,7 +245,8 @@ class Trainer:
         self.tokens, self.targets = self.tokens + plan.batch_tokens, self.targets + found.targets
         row = self._numbers(batch, found, norms, float(norm)) | {"lr": rate, "seq_len": length}
         row |= machine_row(plan.batch_tokens, begin, loaded, self.flops, self.run.peak_flops, plan.device)
-        return [row, {"kind": "health", "step": step} | health_row(self.model, found.state)] if look else [row]
+        health = health_row(self.model, found.state) if look else None
+        return [row, {"kind": "health", "step": step} | health] if health else [row]
 
     def _gradient(self, batch: Batch, keep_state: bool = False) -> _Pass:
         """Leave the gradient of the mean loss over all targets of the step in the parameters.
@@ -260,7 +260,7 @@ class Trainer:
             return _Pass(0, 0.0, 0.0, None)
         model.train()
         loss, squares = torch.zeros((), device=plan.device), torch.zeros((), device=plan.device)
-        state: State | None = None
+        state: ModelState | None = None
         rows = plan.micro_rows * (plan.seq_len // batch.tokens.shape[1])
         for first in range(0, len(batch.tokens), rows):
             tokens, targets, starts = (torch.from_numpy(x[first : first + rows]) for x in batch)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megalodon.errors import OutOfMemory
 from megalodon.model.adapters import trainable
+from megalodon.model.architectures import LanguageModel, LanguageModelConfig, build_model
 from megalodon.model.loss import loss_sums
-from megalodon.model.megalodon import Megalodon, ModelConfig
 from megalodon.training.execution import recompute
 from megalodon.training.plan import MICRO_TOKENS, Needs, Plan
 
@@ -39,11 +39,11 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def fitted(
-    model_config: ModelConfig,
+    model_config: LanguageModelConfig,
     plan: Plan,
     available: int | None,
     micro_rows: int | None = None,
-    build: Callable[[Megalodon], None] = lambda model: None,
+    build: Callable[[LanguageModel], None] = lambda model: None,
 ) -> Plan:
     """Return the plan with what it needs and, with `micro_batch: auto`, the windows of a pass that fit.
 
@@ -136,16 +136,16 @@ def _untouched(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def _built(model_config: ModelConfig, plan: Plan, build: Callable[[Megalodon], None]) -> Megalodon:
+def _built(model_config: LanguageModelConfig, plan: Plan, build: Callable[[LanguageModel], None]) -> LanguageModel:
     backend: Any = plan.config.backend
-    model = Megalodon(model_config, seed=plan.config.seed, backend=backend)
+    model = build_model(model_config, plan.config.seed, backend)
     build(model)
     model.to(plan.device)
     recompute(model, plan.config.recompute)
     return model.train()
 
 
-def _loss(model: Megalodon, plan: Plan, rows: int) -> Tensor:
+def _loss(model: LanguageModel, plan: Plan, rows: int) -> Tensor:
     tokens = torch.zeros(rows, plan.seq_len, dtype=torch.int64, device=plan.device)
     with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
         hidden, _ = model.hidden(tokens)
@@ -153,7 +153,7 @@ def _loss(model: Megalodon, plan: Plan, rows: int) -> Tensor:
         return sums.objective
 
 
-def _fits(model: Megalodon, plan: Plan, rows: int) -> bool:
+def _fits(model: LanguageModel, plan: Plan, rows: int) -> bool:
     """Whether a pass of `rows` windows has room beside the moments of the optimizer, which are held meanwhile."""
     try:
         copies = 2 if plan.optim.ema is None else 3
@@ -171,7 +171,7 @@ def _fits(model: Megalodon, plan: Plan, rows: int) -> bool:
     return True
 
 
-def _measured(model: Megalodon, plan: Plan) -> Needs:
+def _measured(model: LanguageModel, plan: Plan) -> Needs:
     """Needs of a run: one window is passed forward and what autograd keeps of it is counted, each storage once."""
     window = kept_bytes(model, lambda: _loss(model, plan, 1))
     count, layers = sum(p.numel() for p in trainable(model).values()), model.config.num_layers
@@ -187,7 +187,7 @@ def _measured(model: Megalodon, plan: Plan) -> Needs:
     )
 
 
-def kept_bytes(model: Megalodon, forward: Callable[[], Tensor]) -> int:
+def kept_bytes(model: LanguageModel, forward: Callable[[], Tensor]) -> int:
     """Return the bytes that autograd keeps of a forward pass for its backward pass, without the parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}

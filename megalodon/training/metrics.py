@@ -18,7 +18,6 @@ from pydantic import Field
 
 from megalodon.checkpoint.store import sync_directory
 from megalodon.config import Config
-from megalodon.model.megalodon import ModelConfig
 
 
 class LogConfig(Config):
@@ -128,21 +127,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25)
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return the floating-point operations a token needs in forward and backward pass together.
-
-    Counted: 6 for each parameter but the embedding rows (a tied matrix counts as output); 3 x (2Z + 2V) for each key a
-    query sees, on average (C + 1) / 2 of a chunk, in each layer; 3 x 12 for each of the D x N complex averages of a
-    layer (a complex multiply-add and the read-out). Not counted: norms, activations, anything computed twice.
-    """
-    c = config
-    matrices = c.num_parameters() - (0 if c.share_emb else c.vocab_size * c.model_dim)
-    keys = (min(c.chunk_size, seq_len) + 1) / 2
-    attention = 3 * keys * 2 * (c.z_dim + c.value_dim)
-    cema = 3 * 12 * c.model_dim * c.cema_ndim
-    return 6 * matrices + c.num_layers * (attention + cema)
 
 
 def machine_row(

@@ -94,12 +94,12 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def group_of(name: str) -> str:
-    """Return the group in which the norm of a parameter's gradient is logged: embed, cema, norm, attn, ffn or head."""
+    """Return the group of a parameter in logs: embed, cema, norm, attn, ffn or head."""
     owner = name.split(".")[-2]
-    if owner in ("timenorm", "rmsnorm", "norm", "final_norm"):
+    if owner.endswith("norm"):
         return "norm"
-    special = {"embed": "embed", "cema": "cema", "output": "head"}
-    return special.get(owner) or ("ffn" if ".nffn." in name else "attn")
+    special = {"embed": "embed", "embed_tokens": "embed", "cema": "cema", "output": "head", "lm_head": "head"}
+    return special.get(owner) or ("ffn" if ".nffn." in name or ".mlp." in name else "attn")
 
 
 def gradient_norms(model: nn.Module) -> tuple[Tensor, dict[str, float]]:

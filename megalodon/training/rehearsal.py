@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megalodon.data.loader import Samples
-from megalodon.model.megalodon import Megalodon, ModelConfig
+from megalodon.model.architectures import LanguageModel, LanguageModelConfig
 from megalodon.training.loop import Row, Run, Task, train
 from megalodon.training.metrics import peak_memory
 from megalodon.training.plan import Plan
@@ -40,12 +40,12 @@ class _Clock:
 
 
 def rehearse(
-    model_config: ModelConfig,
+    model_config: LanguageModelConfig,
     loader: Samples,
     plan: Plan,
     run: Run,
     tasks: Mapping[str, Task],
-    export: Callable[[Megalodon], None] | None,
+    export: Callable[[LanguageModel], None] | None,
 ) -> list[Phase] | None:
     """Take one step, run every task, save, load what was saved, export; all in `run.directory`.
 
@@ -65,7 +65,7 @@ def rehearse(
         told(row)
 
     def timed(name: str, task: Task) -> Task:
-        def call(model: Megalodon) -> list[Row] | None:
+        def call(model: LanguageModel) -> list[Row] | None:
             rows = task.call(model)
             clock(name)
             return rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import tiny_model
+from factories import endless, tiny_model
 from typer.testing import CliRunner
 
 from megalodon.checkpoint.tensors import save_model
@@ -33,7 +33,7 @@ def save(directory: Path, *, template: str = "", seed: int = 0) -> Path:
             ChatFormat(load_template(template), TOKENIZER, bos=True).save(place)
 
     meta = {"tokenizer_sha256": TOKENIZER.sha256, "bos": True, "recipe": {"name": "tiny"}, "step": 1900}
-    save_model(tiny_model(torch.float32, seed, **SIZES), directory, files, meta)
+    save_model(endless(tiny_model(torch.float32, seed, **SIZES), [TOKENIZER.eos_id]), directory, files, meta)
     return directory
 
 

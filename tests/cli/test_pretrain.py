@@ -214,7 +214,7 @@ REFUSED = {
         ["train.precision=bf16"],
         "train.precision=bf16: bf16 is not available here; expected auto",
     ),
-    "llama": (["model.arch=llama"], "model.arch=llama: llama is not available in pretrain; expected megalodon"),
+    "an adapter": (["model.lora={r: 4}"], "an adapter is not available in pretrain; expected null"),
     "no data": (["--no-prepare", "data.dir=none"], "none holds no token store"),
     "no validation text": (["data.valid.fraction=0.0", "data.dir=no-valid"], "too few to validate on"),
     "windows that are too long": (
@@ -238,11 +238,11 @@ def test_bad_input_is_one_message_exit_2_and_no_run(name: str) -> None:
 
 def test_all_that_is_not_there_yet_is_named_at_once_each_with_its_place() -> None:
     Path("mine.yaml").write_text("base: debug\nname: mine\nparallel: {tp: 2}\n")
-    done = CliRunner().invoke(app, ["pretrain", "mine.yaml", "train.precision=bf16", "model.arch=llama"])
+    done = CliRunner().invoke(app, ["pretrain", "mine.yaml", "train.precision=bf16", "model.lora={r: 4}"])
     assert done.exit_code == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
-        "error: command line: model.arch=llama: llama is not available in pretrain; expected megalodon",
+        "error: command line: model.lora={r: 4}: an adapter is not available in pretrain; expected null",
         "error: command line: train.precision=bf16: bf16 is not available here; expected auto or bf16-mixed or fp32",
         "error: mine.yaml:3:16: parallel.tp: 2 is not available here; expected 1",
     ]

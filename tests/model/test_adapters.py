@@ -117,7 +117,7 @@ def test_what_is_no_matrix_of_the_model_gets_no_adapter() -> None:
 def test_without_the_extra_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        EnvironmentFault, match=r"adapters \(model\.lora\) need the extra \[finetune\]: pip install 'mega"
+        EnvironmentFault, match=r"model\.lora \(adapters\) needs the extra \[finetune\]: pip install 'mega"
     ):
         inject(tiny_model(), LoraConfig(), 1)
 

@@ -17,7 +17,6 @@ from megalodon.profiling.explain import explain
 from megalodon.profiling.meter import Row
 from megalodon.profiling.timing import Request, profile
 from megalodon.training.memory import kept_bytes
-from megalodon.training.metrics import flops_per_token
 from megalodon.training.plan import TrainConfig
 from megalodon_kernels import KernelError
 from megalodon_kernels.costs import COSTS
@@ -82,7 +81,7 @@ def test_train_counts_tokens_and_its_parts_make_the_step() -> None:
     step, *parts = profile(request("train")).rows
     assert (step.name, dict(step.shape)) == ("step", {"B": 2, "L": 37})
     assert step.tokens_per_s == pytest.approx(74 / step.ms * 1e3)
-    assert step.flops == 74 * flops_per_token(tiny_config(), 37)
+    assert step.flops == 74 * tiny_config().flops_per_token(37)
     assert {"loss", "optimizer", "rest", "mega.cema"} <= {part.name for part in parts}
     assert sum(part.ms for part in parts) == pytest.approx(step.ms)
     assert step.kept_bytes > 0 and step.peak_bytes > 0

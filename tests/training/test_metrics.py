@@ -9,7 +9,7 @@ import pytest
 import torch
 from factories import tiny_config
 
-from megalodon.training.metrics import MetricsLog, flops_per_token, matmul_peak
+from megalodon.training.metrics import MetricsLog, matmul_peak
 
 
 def rows(last: int) -> list[dict[str, object]]:
@@ -101,6 +101,6 @@ def test_flops_count_matrices_attention_and_averages() -> None:
     c, matrices = config, config.num_parameters() - 53 * 24
     keys = (c.chunk_size + 1) / 2
     layer = 6 * keys * (c.z_dim + c.value_dim) + 36 * c.model_dim * c.cema_ndim
-    assert flops_per_token(config, 1000) == 6 * matrices + 2 * layer
-    assert flops_per_token(config, 4) < flops_per_token(config, 10) == flops_per_token(config, 1000)
-    assert flops_per_token(tiny_config(share_emb=True), 1000) == flops_per_token(config, 1000)
+    assert config.flops_per_token(1000) == 6 * matrices + 2 * layer
+    assert config.flops_per_token(4) < config.flops_per_token(10) == config.flops_per_token(1000)
+    assert tiny_config(share_emb=True).flops_per_token(1000) == config.flops_per_token(1000)

@@ -1,0 +1,36 @@
+"""Optional libraries, imported when something asks for them. Not here: what is done with them."""
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+
+from megalodon.errors import EnvironmentFault
+
+_CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that say at import which compiled parts of torchao do not fit this machine; transformers imports it if it is
+installed, whether it is needed or not."""
+
+
+def require(library: str, what: str, extra: str) -> None:
+    """Import a library. Raises: EnvironmentFault naming `what` needs it, and the extra, if it is not installed."""
+    if importlib.util.find_spec(library) is None:
+        raise EnvironmentFault(f"{what} needs the extra [{extra}]: pip install 'megalodon-lm[{extra}]'")
+    with _quiet():
+        importlib.import_module(library)
+        if library in ("peft", "transformers"):
+            importlib.import_module("transformers.modeling_utils")  # the rest is lazy, and here they speak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
