@@ -210,6 +210,17 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         assert_close(parameter.grad, found[name], 1e-12, name)
 
 
+def test_decays_of_zero_have_finite_values_and_gradients() -> None:
+    """|q| rounds to 0 there: log q and its gradient must not."""
+    model, tokens = flat(tiny_model(torch.float32)), random_tokens(1, 130)
+    with torch.no_grad():
+        model.layers[0].mega.cema.alpha.fill_(50)
+        model.layers[0].mega.cema.delta.fill_(50)
+    model(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+
+
 def test_dropout_acts_in_training_alone() -> None:
     model, tokens = flat(tiny_model(dropout=0.3, hidden_dropout=0.3, attention_dropout=0.3)), random_tokens(1, 20)
     assert torch.equal(run(model, tokens), run(model, tokens))

@@ -276,12 +276,11 @@ class Cema(Float32Module):
         self.omega = nn.Parameter(_empty(D, 1))
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """p (D, N), log q (D, N) and gamma / √N (D, N), complex, in float64: powers of a rounded q would drift."""
+        """p, log q and gamma / √N, each (D, N), the last two complex; in float64: powers of a rounded q would drift."""
         alpha, delta, theta = (_double(x[..., 0]) for x in (self.alpha, self.delta, self.theta))
         N, p = alpha.shape[1], alpha.sigmoid()
-        log_decay = torch.log1p(
-            -(p * delta.sigmoid()).clamp(max=1 - 2**-52 if p.dtype == torch.float64 else 1 - 2**-24)
-        )
+        # The clamp stands before log1p: after it, its gradient would be NaN where the product rounds to 1.
+        log_decay = torch.log1p(-(p * delta.sigmoid()).clamp(max=1 - torch.finfo(p.dtype).eps))
         angle = torch.arange(1, N + 1, device=theta.device) * (theta.sigmoid() * (2 * math.pi / N))
         return p, torch.complex(log_decay, angle), torch.view_as_complex(_double(self.gamma)) / math.sqrt(N)
 
