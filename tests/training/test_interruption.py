@@ -106,17 +106,21 @@ def places(went: list[str], every: int) -> list[int]:
 
 def killed_at_each(store: Store, directory: Path, whole: tuple[Any, list[str]], every: int) -> None:
     for place in places(whole[1], every):
-        gone = 0
+        went: list[str] = []
 
-        def die(name: str, place: int = place) -> None:
-            nonlocal gone
-            gone += 1
-            if gone == place + 1:
+        def die(name: str, went: list[str] = went, place: int = place) -> None:
+            went.append(name)
+            if len(went) == place + 1:
                 raise Killed(name)
 
         run = directory / f"run-{place}"
-        with watched(die), pytest.raises(Killed):
-            once(store, run)
+        with watched(die):
+            try:
+                once(store, run)
+            except Killed:
+                pass
+            else:  # a batch that a thread read ahead for a step that never came, or did not come to read
+                assert went[place : place + 1] in (["batch"], [])
         torch.manual_seed(place)  # whatever the process draws meanwhile must not matter
         assert once(store, run).status == "finished"
         assert outcome(run) == whole[0], f"killed at point {place}, a {whole[1][place]}"
