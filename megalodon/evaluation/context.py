@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megalodon.config import count_name
 from megalodon.errors import InputError, NumericalError
 from megalodon.evaluation import bootstrap
 from megalodon.evaluation.bootstrap import Interval
@@ -71,7 +72,7 @@ def choose(corpus: Corpus, tokens: Tokens, longest: int, target: int, count: int
         slots += [(number, longest + k * target) for k in range(max(0, length - longest) // target)]
     if not slots:
         raise InputError(
-            f"--lengths {size_name(longest)}: the longest document has {most:,} tokens, and a window of {target:,} "
+            f"--lengths {count_name(longest)}: the longest document has {most:,} tokens, and a window of {target:,} "
             f"behind so many takes {longest + target:,}; choose shorter lengths, a shorter --target, other --data, "
             "or --concatenate"
         )
@@ -136,9 +137,9 @@ class Use(NamedTuple):
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
-        first = next((k for k, length in enumerate(self.lengths) if length), 0)
-        rows = zip(self.lengths, self.loss(), self.bits_per_byte(), self.over(0), self.over(first), strict=True)
-        steps = [None, *(step.document() for step in self.steps())]
+        to_reset, steps = self.over(0), [None, *self.steps()]
+        to_first = self.over(1) if len(self.lengths) > 1 else to_reset
+        rows = zip(self.lengths, self.loss(), self.bits_per_byte(), strict=True)
         return {
             "windows": len(self.losses),
             "scored_tokens": self.scored * len(self.losses),
@@ -147,12 +148,12 @@ class Use(NamedTuple):
                     "context": length,
                     "loss": loss.document(),
                     "bits_per_byte": bits,
-                    "less_reset": to_reset.document(),
-                    "less_shortest": to_first.document(),
-                    "less_previous": step,
+                    "less_reset": to_reset[k].document() if k else None,
+                    "less_shortest": to_first[k].document() if k > 1 else None,
+                    "less_previous": step.document() if (step := steps[k]) else None,
                     "by_position": {str(end): float(b[:, k].mean()) for end, b in self.buckets.items()},
                 }
-                for k, ((length, loss, bits, to_reset, to_first), step) in enumerate(zip(rows, steps, strict=True))
+                for k, (length, loss, bits) in enumerate(rows)
             ],
             "used_tokens": self.used(),
             "worse_at": list(self.hurt()),
@@ -222,11 +223,3 @@ def _by_position(losses: Floats) -> dict[int, Floats]:
         found[high] = losses[:, :, low:high].mean(2)
         low = high
     return found
-
-
-def size_name(count: int) -> str:
-    """1024 as 1Ki, 1048576 as 1Mi, 1000 as 1,000."""
-    for unit, size in (("Mi", 1 << 20), ("Ki", 1 << 10)):
-        if count and count % size == 0:
-            return f"{count // size:,}{unit}"
-    return f"{count:,}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megalodon.data.encode import pieces
 from megalodon.data.ingest import Inputs, SourceConfig, content, format_of, resolve
-from megalodon.data.reading import Long, Part, PartReader, Reject, decoded_chunks, place, scan
+from megalodon.data.reading import Long, Part, PartReader, Reject, Scan, Text, decoded_chunks, place, scan
 from megalodon.data.shards import Store
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.errors import DataError
@@ -76,12 +76,11 @@ class TextCorpus:
                 found = scan(item) if isinstance(item, Long) else item
                 if isinstance(found, Reject):
                     raise DataError(f"{place(file, found.line, found.at)}: {found.reason}")
-                if isinstance(item, Long):
-                    if not found.blank:  # type: ignore[union-attr]
-                        yield Document(str(file.path), _encoder(partial(decoded_chunks, item), tokens))
-                elif item.text.strip():  # type: ignore[union-attr]
+                if isinstance(item, Long) and isinstance(found, Scan) and not found.blank:
+                    yield Document(str(file.path), _encoder(partial(decoded_chunks, item), tokens))
+                elif isinstance(found, Text) and found.text.strip():
                     name = str(file.path) if file.format == "text" else f"{file.path}:{number}"
-                    yield Document(name, _encoder(partial(iter, (item.text,)), tokens))
+                    yield Document(name, _encoder(partial(iter, (found.text,)), tokens))
 
 
 def _encoder(chunks: Callable[[], Iterator[str]], tokens: Tokens) -> Callable[[], Iterator[Int64s]]:

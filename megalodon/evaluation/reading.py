@@ -47,10 +47,10 @@ class Reader:
         bf16: bool = False,
     ) -> None:
         self.model, self.rows, self.piece, self.bf16 = model, rows, piece, bf16
-        self.position = 0
+        self.position: int = 0
         self.state: Any = model.empty_state(rows)
         self._window = norm_stats == "window"
-        self._chunk: Any = getattr(model.config, "chunk_size", None)
+        self._chunk: int | None = getattr(model.config, "chunk_size", None)
         if self._window and self._chunk is None:
             raise InputError("norm_stats window: this model has no chunks and no running statistics; use cumulative")
         self._recent: list[int] = []
@@ -67,8 +67,8 @@ class Reader:
         while start < tokens.shape[1]:
             end = min(tokens.shape[1], start + self._room())
             part, flags = tokens[:, start:end], None if starts is None else starts[:, start:end]
-            if self._window:
-                self._renew()
+            if self._window and self._chunk:
+                self._renew(self._chunk)
                 self._recent += part[0].tolist()
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
                 flags = flags if flags is not None and bool(flags.any()) else None
@@ -89,18 +89,16 @@ class Reader:
         C = self._chunk
         if C is None or (self.piece < C and not self._window):
             return self.piece
-        return min(self.piece, _CALL * int(C)) if self._window else self.piece // int(C) * int(C)
+        return min(self.piece, _CALL * C) if self._window else self.piece // C * C
 
     def _room(self) -> int:
         """Tokens of the next pass: to the next multiple of a full one, and no further than the statistics reach."""
         room = self.span - self.position % self.span
-        if not self._window:
-            return room
-        inside: int = self.position % (_CALL * self._chunk)
-        return min(room, _CALL * self._chunk - inside)
+        if self._window and self._chunk:
+            return min(room, _CALL * self._chunk - self.position % (_CALL * self._chunk))
+        return room
 
-    def _renew(self) -> None:
-        C = self._chunk
+    def _renew(self, C: int) -> None:
         if is_due(self.position, C):
             chunks = [tuple(self._recent[n : n + C]) for n in range(0, len(self._recent), C)]
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):

@@ -7,7 +7,7 @@ from byte_texts import NUM_CLASSES, TOKENIZER, TOKENS, byte_model, text, write
 from torch.nn.functional import cross_entropy
 
 from megalodon.errors import InputError
-from megalodon.evaluation.context import Use, choose, cost, measure, size_name
+from megalodon.evaluation.context import Use, choose, cost, measure
 from megalodon.evaluation.corpus import Concatenated, Tokens, files
 from megalodon.evaluation.scoring import How
 
@@ -92,15 +92,8 @@ def test_the_document_pairs_every_length_with_reset_shortest_and_previous():
     document = made_up(3, 2, 1.5).document()
     reset, short, long = document["lengths"]
     assert [row["context"] for row in document["lengths"]] == [0, 4, 16]
-    assert reset["less_previous"] is None and reset["less_reset"]["value"] == 0
+    assert reset["less_previous"] is reset["less_reset"] is short["less_shortest"] is None
     assert short["less_reset"]["value"] == pytest.approx(-1, abs=0.02) == short["less_previous"]["value"]
     assert long["less_shortest"]["value"] == pytest.approx(-0.5, abs=0.02)
     assert long["less_reset"]["value"] == pytest.approx(-1.5, abs=0.02)
     assert document["used_tokens"] == 16
-
-
-@pytest.mark.parametrize(
-    ("count", "name"), [(0, "0"), (1024, "1Ki"), (1 << 17, "128Ki"), (3 << 20, "3Mi"), (1000, "1,000")]
-)
-def test_sizes_have_the_names_that_options_take(count, name):
-    assert size_name(count) == name

@@ -1,0 +1,166 @@
+"""An evaluation as a document, tables and words: the same for the terminal, the Markdown report and JSON.
+
+    {"suite", "norm_stats", "dtype", "device", "data": {…}, "truncated_tokens", "seconds", "version",
+     "models": [{"name", "path", "weights_sha256", …, "quick": {…}, "context": {…}}]}
+
+Not here: what is computed (scoring.py, context.py), printing and files (megalodon_cli/evaluation.py).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megalodon.config import count_name
+
+Document = Mapping[str, Any]
+Table = list[list[str]]
+BAR = 24
+"""Characters of the longest bar."""
+
+
+def heading(document: Document) -> str:
+    """What every report says first: policy, precision, text."""
+    data = document["data"]
+    text = f" · {data['name']} ({data['sha256'][:8]})" if data else ""
+    return (
+        f"evaluate {document['suite']} · norm_stats {document['norm_stats']} · {document['dtype']} on "
+        f"{document['device']}{text} · {document['truncated_tokens']:,} tokens truncated"
+    )
+
+
+def tables(document: Document) -> Iterator[tuple[str, Table]]:
+    """Yield every table with its title; the first row is the header."""
+    models = document["models"]
+    if scored := [model for model in models if "quick" in model]:
+        yield "scores", _scores(scored)
+        yield "loss by position, nats a token", _by_position(scored)
+    for model in models:
+        if "context" in model:
+            yield f"{model['name']}: loss after a length of context, nats a token", _context(model["context"])
+            yield f"{model['name']}: loss by position in the window", _in_window(model["context"])
+
+
+def words(document: Document) -> Iterator[str]:
+    """Yield what the numbers say, in sentences."""
+    for model in document["models"]:
+        if "quick" in model:
+            found = model["quick"]
+            yield (
+                f"{model['name']}: {found['tokens']:,} tokens scored once, {found['documents']:,} first tokens of a "
+                f"document read; errors draw {found['units']:,} {found['drawn']}"
+            )
+        if "context" in model:
+            yield from _used(model["name"], model["context"], model.get("seq_len"))
+
+
+def markdown(document: Document) -> str:
+    """The report."""
+    lines = [f"# {heading(document)}", ""]
+    for model in document["models"]:
+        lines.append(
+            f"- {model['name']}: `{model['path']}`, {model['parameters']:,} parameters, weights "
+            f"`{model['weights_sha256'][:16]}`"
+        )
+    for title, rows in tables(document):
+        lines += ["", f"## {title}", "", f"| {' | '.join(rows[0])} |", f"|{' --- |' * len(rows[0])}"]
+        lines += [f"| {' | '.join(row)} |" for row in rows[1:]]
+    lines += ["", *(f"- {text}" for text in words(document))]
+    return "\n".join(lines) + "\n"
+
+
+def bars(document: Document) -> Iterator[str]:
+    """Yield what context gains over a reset as bars of text."""
+    for model in document["models"]:
+        rows = model["context"]["lengths"][1:] if "context" in model else ()
+        most = max((-row["less_reset"]["value"] for row in rows), default=0.0)
+        if most <= 0:
+            continue
+        width = max(len(count_name(row["context"])) for row in rows)
+        yield f"\n{model['name']}: nats a token gained over a reset, by tokens of context"
+        for row in rows:
+            gain = -row["less_reset"]["value"]
+            yield f"  {count_name(row['context']):>{width}} │{'█' * round(BAR * max(0.0, gain) / most)} {gain:.4f}"
+
+
+def _scores(models: Sequence[Document]) -> Table:
+    rows = [["model", "loss", "perplexity", "bits/byte", "bits/word", "word perplexity", "tokens", "bytes"]]
+    for model in models:
+        found = model["quick"]
+        rows.append(
+            [
+                model["name"],
+                with_error(found["loss"]),
+                _number(found["perplexity"]),
+                with_error(found["bits_per_byte"]),
+                with_error(found["bits_per_word"]),
+                _number(found["word_perplexity"]),
+                f"{found['tokens']:,}",
+                f"{found['bytes']:,}",
+            ]
+        )
+    return rows
+
+
+def _by_position(models: Sequence[Document]) -> Table:
+    ends = sorted({int(end) for model in models for end in model["quick"]["by_position"]})
+    rows = [["up to token", *(model["name"] for model in models)]]
+    for end in ends:
+        found = [model["quick"]["by_position"].get(str(end)) for model in models]
+        mark = "".join(" (training length)" for m in models[:1] if m.get("seq_len") and end // 2 < m["seq_len"] <= end)
+        rows.append([f"{count_name(end)}{mark}", *("-" if own is None else f"{own['loss']:.4f}" for own in found)])
+    return rows
+
+
+def _context(found: Document) -> Table:
+    rows = [["context", "loss", "bits/byte", "less reset", "less shortest", "less previous"]]
+    for row in found["lengths"]:
+        bits = row["bits_per_byte"]
+        rows.append(
+            [
+                count_name(row["context"]) if row["context"] else "reset",
+                with_error(row["loss"]),
+                "-" if bits is None else f"{bits:.4f}",
+                *(_change(row[key]) for key in ("less_reset", "less_shortest", "less_previous")),
+            ]
+        )
+    return rows
+
+
+def _in_window(found: Document) -> Table:
+    lengths = found["lengths"]
+    rows = [["up to token", *(count_name(row["context"]) if row["context"] else "reset" for row in lengths)]]
+    for end in lengths[0]["by_position"]:
+        rows.append([count_name(int(end)), *(f"{row['by_position'][end]:.4f}" for row in lengths)])
+    return rows
+
+
+def _used(name: str, found: Document, seq_len: int | None) -> Iterator[str]:
+    used, longest = found["used_tokens"], found["lengths"][-1]["context"]
+    trained = f"; it was trained on windows of {count_name(seq_len)}" if seq_len else ""
+    many = f"{found['windows']:,} windows, 95 % intervals"
+    if used:
+        beyond = "" if used == longest else f", and nothing longer up to {count_name(longest)} helps beyond chance"
+        yield f"{name} uses text up to {count_name(used)} tokens back{beyond} ({many}){trained}"
+    else:
+        yield f"{name}: no length up to {count_name(longest)} helps beyond chance ({many}){trained}"
+    if found["worse_at"]:
+        worse = ", ".join(count_name(length) for length in found["worse_at"])
+        yield f"{name}: with {worse} tokens of context it is worse than with the length before"
+
+
+def with_error(interval: Document | None) -> str:
+    """A value with its standard error."""
+    if interval is None:
+        return "-"
+    error = interval["error"]
+    return f"{interval['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _change(interval: Document | None) -> str:
+    if interval is None:
+        return "-"
+    ends = "" if interval["low"] is None else f" [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+    return f"{interval['value']:+.4f}{ends}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
