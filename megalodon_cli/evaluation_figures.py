@@ -11,14 +11,42 @@ from megalodon_cli.figures import COLORS, draw
 
 
 def plot_evaluation(document: Mapping[str, Any], file: Path) -> bool:
-    """Draw loss over context and over the position in a window; False if an evaluation has neither."""
-    models = [model for model in document["models"] if "context" in model]
-    if not models:
-        return False
-    panels: list[Callable[[Any], None]] = [partial(_over_context, models), partial(_gain, models)]
-    panels += [partial(_in_window, model) for model in models]
-    draw(f"use of context · norm_stats {document['norm_stats']}", panels, file)
-    return True
+    """Draw loss by position, loss over context and over the position in a window; False if there is none of them."""
+    models, panels = document["models"], list[Callable[[Any], None]]()
+    if "quick" in models[0]:
+        panels += [partial(_by_position, models)]
+        panels += [partial(_bits, models)] if all(model["quick"]["bits_per_byte"] for model in models) else []
+    if "context" in models[0]:
+        panels += [partial(_over_context, models), partial(_gain, models)]
+        panels += [partial(_in_window, model) for model in models]
+    if panels:
+        draw(f"{document['data']['name']} · norm_stats {document['norm_stats']}", panels, file)
+    return bool(panels)
+
+
+def _by_position(models: Sequence[Mapping[str, Any]], axis: Any) -> None:
+    for number, model in enumerate(models):
+        found = model["quick"]["by_position"].items()
+        at, values = zip(*((int(end), bucket["loss"]) for end, bucket in found), strict=True)
+        axis.plot(at, values, "o-", color=COLORS[number % len(COLORS)], markersize=3, label=model["name"])
+        if model["seq_len"]:
+            axis.axvline(model["seq_len"], color=COLORS[number % len(COLORS)], linestyle=":", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_title("loss by position, nats a token (dotted: training length)", loc="left", fontsize=9)
+    axis.set_xlabel("up to token of the document")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _bits(models: Sequence[Mapping[str, Any]], axis: Any) -> None:
+    for number, model in enumerate(models):
+        bits = model["quick"]["bits_per_byte"]
+        color = COLORS[number % len(COLORS)]
+        axis.plot([bits["value"]], [number], "o", color=color, markersize=5)
+        if bits["low"] is not None:
+            axis.plot([bits["low"], bits["high"]], [number, number], "-", color=color, linewidth=1.6)
+    axis.set_yticks(range(len(models)), [model["name"] for model in models])
+    axis.set_ylim(len(models) - 0.5, -0.5)
+    axis.set_title("bits a byte, 95 % intervals", loc="left", fontsize=9)
 
 
 def _context_axis(axis: Any, lengths: Sequence[int]) -> None:

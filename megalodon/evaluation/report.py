@@ -1,7 +1,8 @@
 """An evaluation as a document, tables and words: the same for the terminal, the Markdown report and JSON.
 
     {"suite", "norm_stats", "dtype", "device", "data": {…}, "truncated_tokens", "seconds", "version",
-     "models": [{"name", "path", "weights_sha256", …, "quick": {…}, "context": {…}}]}
+     "models": [{"name", "path", "weights_sha256", …, "quick": {…}, "context": {…}}],
+     "comparisons": [{"model", "against", …}]}
 
 Not here: what is computed (scoring.py, context.py), printing and files (megalodon_cli/evaluation.py).
 """
@@ -33,10 +34,16 @@ def tables(document: Document) -> Iterator[tuple[str, Table]]:
     if scored := [model for model in models if "quick" in model]:
         yield "scores", _scores(scored)
         yield "loss by position, nats a token", _by_position(scored)
+    if differences := [c for c in document["comparisons"] if "bits_per_byte" in c]:
+        yield f"bits/byte less that of {models[0]['name']}, paired", _differences(differences, models)
     for model in models:
         if "context" in model:
             yield f"{model['name']}: loss after a length of context, nats a token", _context(model["context"])
             yield f"{model['name']}: loss by position in the window", _in_window(model["context"])
+
+    if differences := [c for c in document["comparisons"] if "lengths" in c]:
+        title = f"loss less that of {models[0]['name']} on the same windows, nats a token"
+        yield title, _context_differences(differences)
 
 
 def words(document: Document) -> Iterator[str]:
@@ -50,6 +57,9 @@ def words(document: Document) -> Iterator[str]:
             )
         if "context" in model:
             yield from _used(model["name"], model["context"], model.get("seq_len"))
+    for found in document["comparisons"]:
+        if "bits_per_byte" in found:
+            yield _verdict(found)
 
 
 def markdown(document: Document) -> str:
@@ -97,6 +107,34 @@ def _scores(models: Sequence[Document]) -> Table:
                 f"{found['bytes']:,}",
             ]
         )
+    return rows
+
+
+def _differences(found: Sequence[Document], models: Sequence[Document]) -> Table:
+    first = models[0]["quick"]["bits_per_byte"]["value"]
+    rows = [["model", "difference", "of it", "units"]]
+    for own in found:
+        change = own["bits_per_byte"]
+        share = f"{change['value'] / first:+.2%}" if first else "-"
+        rows.append([own["model"], _change(change), share, f"{own['units']:,} {own['drawn']}"])
+    return rows
+
+
+def _verdict(found: Document) -> str:
+    change, names = found["bits_per_byte"], (found["model"], found["against"])
+    if change["low"] is None:
+        return f"{names[0]} and {names[1]}: of one unit of text no interval can be drawn"
+    if change["low"] <= 0 <= change["high"]:
+        return f"{names[0]} and {names[1]} differ by no more than chance: {_change(change)} bits/byte"
+    better, worse = names if change["value"] < 0 else names[::-1]
+    return f"{better} is better than {worse} by {abs(change['value']):.4f} bits/byte beyond chance"
+
+
+def _context_differences(found: Sequence[Document]) -> Table:
+    rows = [["context", *(own["model"] for own in found)]]
+    for k, row in enumerate(found[0]["lengths"]):
+        name = count_name(row["context"]) if row["context"] else "reset"
+        rows.append([name, *(_change(own["lengths"][k]["loss"]) for own in found)])
     return rows
 
 

@@ -20,6 +20,15 @@ Models = Annotated[
         autocompletion=checkpoints.complete,
     ),
 ]
+Compare = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CKPT",
+        help="Another model on the same text; the first one is what all are compared with. May be repeated.",
+        rich_help_panel="Data",
+        autocompletion=checkpoints.complete,
+    ),
+]
 SuiteName = Annotated[
     Suite,
     typer.Option(
@@ -62,6 +71,7 @@ OutputPath = Annotated[
 
 def evaluate(
     models: Models = None,
+    compare: Compare = None,
     suite: SuiteName = "quick",
     data: Data = None,
     concatenate: Concatenate = False,
@@ -77,6 +87,7 @@ def evaluate(
 ) -> None:
     """Score a model on held-out text, document by document, each token once.
 
+    Several models are scored on the same text, and each is compared with the first, paired.
     State is carried to the end of a document of any length; text is never cut. Values have standard errors, differences
     95 % intervals. Results are a table on stdout, and JSON with a Markdown report in RUN/evals or --output-path.
 
@@ -94,9 +105,22 @@ def evaluate(
         from megalodon_cli import figures
 
         figures.check(plot)
-    request = evaluation_request.read(
-        models, suite, data, concatenate, lengths, target, windows, norm_stats, batch_size, device, dtype, output_path
+    options = evaluation_request.Options(
+        models=models or (),
+        compare=compare or (),
+        suite=suite,
+        data=data,
+        concatenate=concatenate,
+        lengths=lengths,
+        target=target,
+        windows=windows,
+        norm_stats=norm_stats,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        output_path=output_path,
     )
+    request = evaluation_request.read(options)
     document = request.measured()
     evaluation_screen.show(document)
     for path in evaluation_screen.write_files(document, request.folder, plot):

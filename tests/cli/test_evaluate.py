@@ -116,6 +116,32 @@ def test_context_prints_losses_gains_and_words_and_draws_them(place, tmp_path):
         assert one["loss"]["value"] == pytest.approx(other["loss"]["value"], rel=1e-5)
 
 
+def test_models_are_compared_on_the_same_text(place, tmp_path):
+    asked = ["a", "b", "--data", "texts", "--plot", tmp_path / "p.png", "--output-path", tmp_path]
+    result = run(*asked)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())["result"]
+    bits = [model["quick"]["bits_per_byte"]["value"] for model in found["models"]]
+    [own] = found["comparisons"]
+    assert (own["model"], own["against"]) == ("b", "a")
+    change = own["bits_per_byte"]
+    assert change["value"] == pytest.approx(bits[1] - bits[0], rel=1e-9)
+    assert change["low"] <= change["value"] <= change["high"]
+    assert "bits/byte less that of a, paired" in result.stdout
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert document("a", "--compare", "b", "--data", "texts")["comparisons"] == found["comparisons"]
+    windows = document("a", "b", "--data", "texts", "--suite", "context", "--lengths", "64", "--target", "32")
+    losses = [[row["loss"]["value"] for row in model["context"]["lengths"]] for model in windows["models"]]
+    paired = [row["loss"]["value"] for row in windows["comparisons"][0]["lengths"]]
+    assert paired == pytest.approx([b - a for a, b in zip(*losses, strict=True)])
+
+
+def test_the_text_of_one_run_may_stand_in_the_training_data_of_another_model(place):
+    result = run("debug", "a")
+    assert result.exit_code == 0, result.stderr
+    assert "the text is the validation part of debug; a was trained on other data" in result.stderr
+
+
 def test_fewer_windows_than_asked_for_are_a_note(place):
     result = run("a", "--suite", "context", "--data", "texts", "--lengths", "64", "--target", "1Ki")
     assert result.exit_code == 0
