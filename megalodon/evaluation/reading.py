@@ -8,6 +8,7 @@ It uses what every language model has (`hidden`, `empty_state`), so baselines ar
 Not here: reading to write (megalodon/inference/session.py).
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ class Reader:
         piece:      tokens of one pass, at least 1.
         bf16:       matrix products in bfloat16.
     Raises:
-        InputError: `window` for a model without chunks, which has no such statistics.
+        InputError: `window` for a baseline, which has no such statistics.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class Reader:
         self.state: Any = model.empty_state(rows)
         self._window = norm_stats == "window"
         self._chunk: int | None = getattr(model.config, "chunk_size", None)
-        if self._window and self._chunk is None:
-            raise InputError("norm_stats window: this model has no chunks and no running statistics; use cumulative")
+        if self._window and not isinstance(model, Megalodon):
+            raise InputError("norm_stats window: this model has no running statistics; expected cumulative")
         self._recent: list[int] = []
         """Ids of the last chunks, under `window`."""
 
@@ -76,6 +77,19 @@ class Reader:
             self.position += end - start
             yield start, hidden
             start = end
+
+    def last(self, tokens: Tensor) -> Tensor:
+        """Read on, at least one token; returns the hidden values of the last one alone: (rows, 1, D)."""
+        hidden = tokens.new_empty(0)
+        for _, piece in self.read(tokens):
+            hidden = piece[:, -1:]
+        return hidden
+
+    def branch(self) -> "Reader":
+        """A second reader that goes on from here; neither moves the other."""
+        twin = copy.copy(self)
+        twin._recent = list(self._recent)
+        return twin
 
     def losses(self, hidden: Tensor, targets: Tensor, num_classes: int) -> Tensor:
         """Nats of every target: (rows, l, D) and (rows, l) -> (rows, l); see `token_losses`."""
