@@ -11,12 +11,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
 
 from megalodon.errors import NumericalError
+from megalodon.evaluation.continuations import likelihood
 from megalodon.evaluation.corpus import Tokens
 from megalodon.evaluation.reading import Reader
 from megalodon.evaluation.recall import CANDIDATES, DEPTHLESS, TASKS, Material, Sample
@@ -131,24 +129,11 @@ def ask(
 def answer(model: Megalodon, tokens: Tokens, sample: Sample, how: How) -> tuple[str, int, bool]:
     """The greedy text at the answer's places, the rank of the answer, and whether greedy decoding writes it."""
     reader = Reader(model, 1, how.norm_stats, how.piece, bf16=how.bf16)
-    scores, likeliest, exact = list[float](), list[int](), False
     with torch.inference_mode(), evaluating(model):
         last = reader.last(torch.from_numpy(sample.ids)[None])
-        for text in (sample.answer, *sample.others):
-            ids = torch.from_numpy(tokens.tokenizer.encode_array(text, False).astype(np.int64))
-            logits = _logits(reader.branch(), last, ids[:-1])[:, : tokens.tokenizer.vocab_size]
-            if not scores:
-                likeliest = logits.argmax(1).tolist()
-                exact = likeliest == ids.tolist()
-            scores.append(float(logits.log_softmax(1).gather(1, ids[:, None].to(logits.device)).double().sum()))
-    if not all(map(math.isfinite, scores)):
+        encoded = (tokens.tokenizer.encode_array(text, False).tolist() for text in (sample.answer, *sample.others))
+        right, *wrong = (likelihood(reader, last, ids, tokens.tokenizer.vocab_size) for ids in encoded)
+    if not all(math.isfinite(found.nats) for found in (right, *wrong)):
         raise NumericalError("a log-probability is not finite; the weights are damaged, or their products too large")
-    rank = 1 + sum(score >= scores[0] for score in scores[1:])
-    return tokens.tokenizer.decode(likeliest), rank, exact
-
-
-def _logits(reader: Reader, last: Tensor, ids: Tensor) -> Tensor:
-    """Logits (n + 1, V) after the prompt, whose last hidden value is given, and after each of n more ids."""
-    hidden = [last, *(own for _, own in reader.read(ids[None]))]
-    logits = linear(torch.cat(hidden, 1)[0], reader.model.output_weight.to(last.dtype))
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    rank = 1 + sum(found.nats >= right.nats for found in wrong)
+    return tokens.tokenizer.decode(right.likeliest), rank, right.greedy

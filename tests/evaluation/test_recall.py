@@ -11,7 +11,9 @@ from byte_texts import TOKENIZER, TOKENS, byte_model, text, write
 
 from megalodon.data.tokenizer import train_sentencepiece
 from megalodon.errors import InputError
+from megalodon.evaluation import answers
 from megalodon.evaluation.answers import DEPTHS, Plan, answer, ask, wilson
+from megalodon.evaluation.continuations import Likelihood
 from megalodon.evaluation.corpus import Tokens, files
 from megalodon.evaluation.listops import MAX_ARGUMENTS, MAX_DEPTH, grow
 from megalodon.evaluation.recall import DEPTHLESS, TASKS, Material, Sample, haystack
@@ -165,22 +167,22 @@ def test_exact_and_rank_are_those_of_whole_passes():
 
 def test_a_model_that_recalls_is_told_from_one_that_does_not(monkeypatch):
     """With logits that look the answer up, every task of lookup is solved; random weights stay near chance."""
-    from megalodon.evaluation import answers
-
     plan = Plan(("passkey", "copy"), (600,), 3, 0, LINES)
     guessed = ask(byte_model(torch.float32), TOKENS, plan, How()).document()
     assert all(cell["exact"]["value"] == 0 for cell in guessed["cells"])
 
-    def recalled(reader, last, ids):
+    def recalled(reader, last, ids, num_classes):
         made = current[0].ids.tolist()
-        seen = [*made, *ids.tolist()]
-        logits = torch.zeros(len(ids) + 1, TOKENIZER.vocab_size)
-        for place in range(len(ids) + 1):
+        seen = [*made, *ids]
+        logits = torch.zeros(len(ids), num_classes)
+        for place in range(len(ids)):
             end = len(made) + place
             at = next((n for n in range(6, end) if seen[n - 6 : n] == seen[end - 6 : end]), None)
             if at is not None:  # a wrong candidate leaves what stood before
                 logits[place, seen[at]] = 9
-        return logits
+        likeliest = tuple(logits.argmax(1).tolist())
+        nats = float(logits.log_softmax(1)[range(len(ids)), ids].sum())
+        return Likelihood(nats, likeliest == tuple(ids), likeliest)
 
     current: list[Sample] = []
     make = Plan.sample
@@ -190,7 +192,7 @@ def test_a_model_that_recalls_is_told_from_one_that_does_not(monkeypatch):
         return current[0]
 
     monkeypatch.setattr(Plan, "sample", kept)
-    monkeypatch.setattr(answers, "_logits", recalled)
+    monkeypatch.setattr(answers, "likelihood", recalled)
     found = ask(byte_model(torch.float32), TOKENS, plan, How()).document()
     assert [(cell["exact"]["value"], cell["first"]["value"]) for cell in found["cells"]] == [(1, 1)] * 6
 
