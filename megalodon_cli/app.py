@@ -168,7 +168,7 @@ class Shell(TyperGroup):
         line = args[0] if args else extra.pop("args", None)
         given = list(sys.argv[1:] if line is None else line)
         console.configure(console.Settings(json="--json" in given and bool(JSON & set(given))))
-        before = {name: os.environ.get(name) for name in ("NO_COLOR", "FORCE_COLOR", *OFFLINE)}
+        before = {name: os.environ.get(name) for name in ("NO_COLOR", "FORCE_COLOR", "TQDM_DISABLE", *OFFLINE)}
         try:
             code = self._guarded(given, extra)
         finally:

@@ -19,8 +19,10 @@ def plot_evaluation(document: Mapping[str, Any], file: Path) -> bool:
     if "context" in models[0]:
         panels += [partial(_over_context, models), partial(_gain, models)]
         panels += [partial(_in_window, model) for model in models]
+    panels += [partial(_recall, model) for model in models if "recall" in model]
     if panels:
-        draw(f"{document['data']['name']} · norm_stats {document['norm_stats']}", panels, file)
+        name = document["data"]["name"] if document["data"] else "recall"
+        draw(f"{name} · norm_stats {document['norm_stats']}", panels, file)
     return bool(panels)
 
 
@@ -94,4 +96,20 @@ def _in_window(model: Mapping[str, Any], axis: Any) -> None:
     axis.set_xscale("log", base=2)
     axis.set_title(f"{model['name']}: by position in the window", loc="left", fontsize=9)
     axis.set_xlabel("up to token of the window")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _recall(model: Mapping[str, Any], axis: Any) -> None:
+    """The share of samples whose answer is the likeliest candidate, all depths together, over the length."""
+    hits: dict[str, dict[int, list[float]]] = {}
+    for cell in model["recall"]["cells"]:
+        hits.setdefault(cell["task"], {}).setdefault(cell["length"], []).append(cell["first"]["value"])
+    for number, (task, by_length) in enumerate(hits.items()):
+        values = [sum(own) / len(own) for own in by_length.values()]
+        axis.plot(list(by_length), values, "o-", color=COLORS[number % len(COLORS)], markersize=3, label=task)
+    axis.axhline(model["recall"]["chance_first"], color="black", linestyle=":", linewidth=1, label="chance")
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_title(f"{model['name']}: the answer comes first of ten", loc="left", fontsize=9)
+    axis.set_xlabel("tokens of the prompt")
     axis.legend(frameon=False, fontsize=8)

@@ -5,10 +5,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalodon.errors import EnvironmentFault
 from megalodon_cli import console
+
+if TYPE_CHECKING:
+    from megalodon_cli.evaluation_request import Evaluation
 
 SCHEMA = "megalodon/evaluate/1"
 
@@ -20,7 +23,8 @@ def show(document: Mapping[str, Any]) -> None:
     console.result(report.heading(document))
     for title, rows in report.tables(document):
         console.result(f"\n{title}")
-        console.table(rows, right=range(1, len(rows[0])))
+        columns = range(1, len(rows[0]))
+        console.table(rows, right=[n for n in columns if all(row[n][:1] in "0123456789+-" for row in rows[1:])])
     for line in report.bars(document):
         console.result(line)
     console.result()
@@ -28,17 +32,21 @@ def show(document: Mapping[str, Any]) -> None:
         console.result(line)
 
 
-def write_files(document: Mapping[str, Any], folder: Path | None, plot: Path | None) -> Iterator[Path]:
+def write_files(evaluation: "Evaluation", folder: Path | None, plot: Path | None) -> Iterator[Path]:
     """Write the files that are asked for; yield each that is there. Raises: EnvironmentFault."""
     from megalodon.evaluation import report
 
+    document = evaluation.document
     if folder is not None:
         warnings = [{"text": text, "count": count} for text, count in console.settings().warnings.items()]
         whole = {"schema": SCHEMA, "ok": True, "result": document, "warnings": warnings}
-        text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         path = _free(folder, str(document["suite"]))
+        if evaluation.samples:
+            lines = (json.dumps(row, ensure_ascii=False, default=str) for row in evaluation.samples)
+            _replace(samples := path.with_name(f"{path.stem}-samples.jsonl"), "".join(f"{line}\n" for line in lines))
+            yield samples
         _replace(path.with_suffix(".md"), report.markdown(document))
-        _replace(path, text)
+        _replace(path, json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         yield path
     if plot is not None:
         from megalodon_cli import evaluation_figures
@@ -46,7 +54,7 @@ def write_files(document: Mapping[str, Any], folder: Path | None, plot: Path | N
         if evaluation_figures.plot_evaluation(document, plot):
             yield plot
         else:
-            console.warning(f"--plot {plot}: nothing to draw; --suite context gives loss over context")
+            console.warning(f"--plot {plot}: nothing to draw; tasks and questions are numbers alone")
 
 
 def _free(folder: Path, suite: str) -> Path:

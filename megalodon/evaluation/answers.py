@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megalodon.errors import NumericalError
-from megalodon.evaluation.continuations import likelihood
+from megalodon.evaluation.continuations import after
 from megalodon.evaluation.corpus import Tokens
 from megalodon.evaluation.reading import Reader
 from megalodon.evaluation.recall import CANDIDATES, DEPTHLESS, TASKS, Material, Sample
@@ -131,8 +131,8 @@ def answer(model: Megalodon, tokens: Tokens, sample: Sample, how: How) -> tuple[
     reader = Reader(model, 1, how.norm_stats, how.piece, bf16=how.bf16)
     with torch.inference_mode(), evaluating(model):
         last = reader.last(torch.from_numpy(sample.ids)[None])
-        encoded = (tokens.tokenizer.encode_array(text, False).tolist() for text in (sample.answer, *sample.others))
-        right, *wrong = (likelihood(reader, last, ids, tokens.tokenizer.vocab_size) for ids in encoded)
+        ids = [tokens.tokenizer.encode_array(text, False).tolist() for text in (sample.answer, *sample.others)]
+        right, *wrong = after(reader, last, ids, tokens.tokenizer.vocab_size)
     if not all(math.isfinite(found.nats) for found in (right, *wrong)):
         raise NumericalError("a log-probability is not finite; the weights are damaged, or their products too large")
     rank = 1 + sum(found.nats >= right.nats for found in wrong)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -84,29 +85,40 @@ def _groups(pairs: Sequence[Pair], rows: int) -> Iterator[list[int]]:
 
 
 def _branched(model: Megalodon, pairs: Sequence[Pair], num_classes: int, how: How) -> list[Likelihood]:
-    """Read the context that all have in common, then each continuation from there."""
+    """Read the context that all have in common, then the continuations from there."""
     reader = Reader(model, 1, how.norm_stats, how.piece, bf16=how.bf16)
     last = reader.last(torch.tensor(pairs[0].context)[None])
-    return [likelihood(reader, last, pair.continuation, num_classes) for pair in pairs]
+    return after(reader, last, [pair.continuation for pair in pairs], num_classes)
 
 
-def likelihood(reader: Reader, last: Tensor, continuation: Sequence[int], num_classes: int) -> Likelihood:
-    """Score a continuation of what a reader of one row has read; the reader stays where it is.
+def after(reader: Reader, last: Tensor, continuations: Sequence[Sequence[int]], num_classes: int) -> list[Likelihood]:
+    """Score continuations of what a reader of one row has read; it stays where it is.
 
     Args:
         last: (1, 1, D) hidden values of the last token that was read.
     """
-    ids = torch.tensor(continuation)
-    hidden = [last[:, :0], last, *(own for _, own in reader.branch().read(ids[None, :-1]))]
-    return _scored(reader.model, torch.cat(hidden, 1)[0, : len(ids)], ids, num_classes)
+    if reader.window and len(continuations) > 1:  # its statistics are those of one row
+        return [found for own in continuations for found in after(reader, last, [own], num_classes)]
+    ids = torch.from_numpy(_in_rows(continuations))
+    hidden = torch.cat([last.expand(len(ids), -1, -1), *(h for _, h in reader.branch(len(ids)).read(ids[:, :-1]))], 1)
+    return [
+        _scored(reader.model, row[: len(own)], torch.tensor(own), num_classes)
+        for row, own in zip(hidden, continuations, strict=True)
+    ]
+
+
+def _in_rows(texts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Texts as rows, padded on the right, where nothing sees the padding."""
+    ids = np.zeros((len(texts), max(map(len, texts))), dtype=np.int64)
+    for row, own in zip(ids, texts, strict=True):
+        row[: len(own)] = own
+    return ids
 
 
 def _padded(model: Megalodon, pairs: Sequence[Pair], num_classes: int, how: How) -> list[Likelihood]:
     """Read pairs side by side, each in its own row."""
     rows = [(*pair.context, *pair.continuation) for pair in pairs]
-    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for row, own in zip(ids, rows, strict=True):
-        row[: len(own)] = own
+    ids = _in_rows(rows)
     reader = Reader(model, len(rows), how.norm_stats, how.piece, bf16=how.bf16)
     nats, greedy = [0.0] * len(pairs), [True] * len(pairs)
     for start, hidden in reader.read(torch.from_numpy(ids[:, :-1])):

@@ -88,7 +88,7 @@ class Index:
     def _fault(self, error: Exception, offline: bool) -> EnvironmentFault | InputError:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         if remote := self.remote():
-            why = "and --offline refuses to fetch it" if offline else "which could not be fetched"
+            why = "which needs the network, and --offline forbids it" if offline else "which could not be fetched"
             return EnvironmentFault(f"tasks {', '.join(self.names)} need {', '.join(remote)}, {why}: {said}")
         return InputError(f"--tasks {', '.join(self.names)}: cannot be loaded: {said}")
 

@@ -50,9 +50,9 @@ class Reader:
         self.model, self.rows, self.piece, self.bf16 = model, rows, piece, bf16
         self.position: int = 0
         self.state: Any = model.empty_state(rows)
-        self._window = norm_stats == "window"
+        self.window = norm_stats == "window"
         self._chunk: int | None = getattr(model.config, "chunk_size", None)
-        if self._window and not isinstance(model, Megalodon):
+        if self.window and not isinstance(model, Megalodon):
             raise InputError("norm_stats window: this model has no running statistics; expected cumulative")
         self._recent: list[int] = []
         """Ids of the last chunks, under `window`."""
@@ -68,7 +68,7 @@ class Reader:
         while start < tokens.shape[1]:
             end = min(tokens.shape[1], start + self._room())
             part, flags = tokens[:, start:end], None if starts is None else starts[:, start:end]
-            if self._window and self._chunk:
+            if self.window and self._chunk:
                 self._renew(self._chunk)
                 self._recent += part[0].tolist()
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
@@ -85,10 +85,12 @@ class Reader:
             hidden = piece[:, -1:]
         return hidden
 
-    def branch(self) -> "Reader":
-        """A second reader that goes on from here; neither moves the other."""
+    def branch(self, rows: int = 1) -> "Reader":
+        """A reader of as many rows that all go on from here, where this one of one row stays; 1 under `window`."""
         twin = copy.copy(self)
-        twin._recent = list(self._recent)
+        twin.rows, twin._recent = rows, list(self._recent)
+        if rows > 1:
+            twin.state = self.state.rows([0] * rows)
         return twin
 
     def losses(self, hidden: Tensor, targets: Tensor, num_classes: int) -> Tensor:
@@ -101,14 +103,14 @@ class Reader:
     def span(self) -> int:
         """Tokens of a full pass: such that passes meet the grid of chunks, if reading began on it."""
         C = self._chunk
-        if C is None or (self.piece < C and not self._window):
+        if C is None or (self.piece < C and not self.window):
             return self.piece
-        return min(self.piece, _CALL * C) if self._window else self.piece // C * C
+        return min(self.piece, _CALL * C) if self.window else self.piece // C * C
 
     def _room(self) -> int:
         """Tokens of the next pass: to the next multiple of a full one, and no further than the statistics reach."""
         room = self.span - self.position % self.span
-        if self._window and self._chunk:
+        if self.window and self._chunk:
             return min(room, _CALL * self._chunk - self.position % (_CALL * self._chunk))
         return room
 

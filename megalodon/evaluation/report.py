@@ -1,16 +1,18 @@
 """An evaluation as a document, tables and words: the same for the terminal, the Markdown report and JSON.
 
     {"suite", "norm_stats", "dtype", "device", "data": {…}, "truncated_tokens", "seconds", "version",
-     "models": [{"name", "path", "weights_sha256", …, "quick": {…}, "context": {…}}],
+     "models": [{"name", "path", "weights_sha256", …, "quick": {…}, "context": {…}, "recall": {…}, …}],
      "comparisons": [{"model", "against", …}]}
 
-Not here: what is computed (scoring.py, context.py), printing and files (megalodon_cli/evaluation.py).
+Not here: what is computed (scoring.py and its neighbours), printing and files (megalodon_cli/evaluation_screen.py).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megalodon.config import count_name
+from megalodon.evaluation.answers import wilson
 
 Document = Mapping[str, Any]
 Table = list[list[str]]
@@ -44,6 +46,13 @@ def tables(document: Document) -> Iterator[tuple[str, Table]]:
     if differences := [c for c in document["comparisons"] if "lengths" in c]:
         title = f"loss less that of {models[0]['name']} on the same windows, nats a token"
         yield title, _context_differences(differences)
+    for model in models:
+        if "recall" in model:
+            yield f"{model['name']}: recall, % of samples", _recall(model["recall"])
+    if "qa" in models[0]:
+        yield "questions, answers that are exactly right", _questions(models)
+    if "harness" in models[0]:
+        yield "tasks", _tasks(models)
 
 
 def words(document: Document) -> Iterator[str]:
@@ -55,11 +64,16 @@ def words(document: Document) -> Iterator[str]:
                 f"{model['name']}: {found['tokens']:,} tokens scored once, {found['documents']:,} first tokens of a "
                 f"document read; errors draw {found['units']:,} {found['drawn']}"
             )
+            yield from _beyond(model)
         if "context" in model:
             yield from _used(model["name"], model["context"], model.get("seq_len"))
     for found in document["comparisons"]:
         if "bits_per_byte" in found:
             yield _verdict(found)
+    if any("recall" in model for model in document["models"]):
+        yield "recall is reported, not promised: exact is greedy decoding; of first, chance is 10 %"
+    for name in document["cutting_tasks"]:
+        yield f"task {name} drops or cuts long examples by itself"
 
 
 def markdown(document: Document) -> str:
@@ -183,6 +197,62 @@ def _used(name: str, found: Document, seq_len: int | None) -> Iterator[str]:
     if found["worse_at"]:
         worse = ", ".join(count_name(length) for length in found["worse_at"])
         yield f"{name}: with {worse} tokens of context it is worse than with the length before"
+
+
+def _beyond(model: Document) -> Iterator[str]:
+    """How the loss goes on beyond the training length: a line through its buckets, by their tokens."""
+    seq_len, buckets = model.get("seq_len"), model["quick"]["by_position"]
+    beyond = [
+        (math.log2(int(end)), own["loss"], own["tokens"]) for end, own in buckets.items() if int(end) > (seq_len or 0)
+    ]
+    if not seq_len or len(beyond) < 2:
+        return
+    total = sum(weight for *_, weight in beyond)
+    x, y = (sum(row[k] * row[2] for row in beyond) / total for k in (0, 1))
+    slope = sum(w * (a - x) * (b - y) for a, b, w in beyond) / sum(w * (a - x) ** 2 for a, _, w in beyond)
+    yield (
+        f"{model['name']}: beyond its training length of {count_name(seq_len)} tokens the loss changes by {slope:+.4f} "
+        "nats a token with every doubling of the position; other documents, or parts of them, stand there"
+    )
+
+
+def _recall(found: Document) -> Table:
+    """A row for each task and length: exact, first, and first at each depth."""
+    depths = sorted({cell["depth"] for cell in found["cells"] if cell["depth"] is not None})
+    rows = [["task", "tokens", "exact", "first", *(f"first at {depth:.0%}" for depth in depths), "samples"]]
+    grouped: dict[tuple[str, int], list[Document]] = {}
+    for cell in found["cells"]:
+        grouped.setdefault((cell["task"], cell["length"]), []).append(cell)
+    for (task, length), cells in grouped.items():
+        samples, at = sum(cell["samples"] for cell in cells), {cell["depth"]: cell["first"]["value"] for cell in cells}
+        pooled = (
+            wilson(round(sum(c[key]["value"] * c["samples"] for c in cells)), samples) for key in ("exact", "first")
+        )
+        by_depth = (f"{at[depth]:.0%}" if depth in at else "-" for depth in depths)
+        rows.append([task, count_name(length), *map(_share, pooled), *by_depth, f"{samples}"])
+    return rows
+
+
+def _questions(models: Sequence[Document]) -> Table:
+    rows = [["model", "exact", "questions", "without answer"]]
+    for model in models:
+        found = model["qa"]
+        rows.append([model["name"], _share(found["exact"]), f"{found['questions']:,}", f"{found['without_answer']:,}"])
+    return rows
+
+
+def _tasks(models: Sequence[Document]) -> Table:
+    rows = [["task", "metric", "filter", "few-shot", "samples", *(model["name"] for model in models)]]
+    for number, row in enumerate(models[0]["harness"]["rows"]):
+        own = (model["harness"]["rows"][number] for model in models)
+        values = ("-" if r["value"] is None else with_error(r) for r in own)
+        counts = ("-" if row[key] is None else f"{row[key]}" for key in ("num_fewshot", "samples"))
+        rows.append([row["task"], row["metric"], row["filter"], *counts, *values])
+    return rows
+
+
+def _share(share: Document) -> str:
+    return f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
 
 
 def with_error(interval: Document | None) -> str:

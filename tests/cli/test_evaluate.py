@@ -90,12 +90,14 @@ def test_a_run_is_scored_on_its_validation_part_and_keeps_the_results(place):
     assert not list(Path("runs/debug/evals").glob(".tmp*"))
 
 
-def test_the_policy_changes_the_numbers_and_stands_in_the_header(place):
-    cumulative, window = (document("a", "--data", "texts", "--norm-stats", p) for p in ("cumulative", "window"))
+def test_the_policy_changes_the_numbers_and_stands_in_the_header(place, tmp_path):
+    (tmp_path / "t.txt").write_text(text(40))
+    asked = ["a", "--data", tmp_path / "t.txt", "--norm-stats"]
+    cumulative, window = (document(*asked, policy) for policy in ("cumulative", "window"))
     assert window["norm_stats"] == "window"
     losses = [found["models"][0]["quick"]["loss"]["value"] for found in (cumulative, window)]
     assert losses[0] != losses[1]
-    assert "norm_stats window" in run("a", "--data", "texts", "--norm-stats", "window").stdout
+    assert "norm_stats window" in run(*asked, "window").stdout
 
 
 def test_context_prints_losses_gains_and_words_and_draws_them(place, tmp_path):
@@ -206,3 +208,150 @@ def test_the_examples_of_the_help_run_as_printed(place):
     for arguments in examples:
         result = run(*arguments)
         assert result.exit_code == 0, (arguments, result.stderr)
+
+
+def test_long_is_quick_and_context_and_recall(place, tmp_path):
+    asked = [
+        "--suite",
+        "long",
+        "--data",
+        "texts",
+        "--lengths",
+        "300,700",
+        "--target",
+        "32",
+        "--windows",
+        "3",
+        "--limit",
+    ]
+    result = run("a", *asked, 1, "--recall", "needle,copy", "--output-path", tmp_path, "--plot", tmp_path / "p.png")
+    assert result.exit_code == 0, result.stderr
+    [model] = json.loads(next(tmp_path.glob("long-*.json")).read_text())["result"]["models"]
+    assert {"quick", "context", "recall"} < model.keys()
+    cells = model["recall"]["cells"]
+    assert {(cell["task"], cell["length"], cell["depth"]) for cell in cells} == {
+        (task, length, depth) for task in ("needle", "copy") for length in (300, 700) for depth in (0.1, 0.5, 0.9)
+    }
+    assert all(cell["length"] - 130 < cell["prompt_tokens"] < cell["length"] for cell in cells)
+    assert "recall is reported, not promised" in result.stdout
+    assert (tmp_path / "p.png").is_file()
+
+
+def test_recall_needs_no_text_and_logs_its_samples(place, tmp_path):
+    asked = ["--suite", "recall", "--recall", "associative,listops", "--lengths", "200", "--limit", "2", "--seed"]
+    result = run("a", *asked, 4, "--log-samples", "--output-path", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in next(tmp_path.glob("*-samples.jsonl")).read_text().splitlines()]
+    assert [(row["model"], row["task"]) for row in rows] == [("a", "associative")] * 6 + [("a", "listops")] * 2
+    assert all(1 <= row["rank"] <= 10 and row["answer"][1:].isdigit() for row in rows)
+    found = document("a", *asked, 4)
+    assert found["data"] is None
+    cells = found["models"][0]["recall"]["cells"]
+    assert sum(cell["first"]["value"] * cell["samples"] for cell in cells) == sum(row["rank"] == 1 for row in rows)
+    assert document("a", *asked, 5)["models"][0]["recall"] != found["models"][0]["recall"]
+
+
+def test_questions_of_a_file_are_answered(place, tmp_path):
+    rows = [{"q": f"{'ab' * n}?", "a": "#### 7"} for n in range(1, 5)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--qa", tmp_path / "q.jsonl", "--fields", "q,a", "--extract", r"#### (\d+)", "-n", "3"]
+    result = run("a", *asked, "--log-samples", "--output-path", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    [found] = [model["qa"] for model in document("a", *asked)["models"]]
+    assert (found["questions"], found["without_answer"], found["exact"]["value"]) == (4, 4, 0)
+    logged = [json.loads(line) for line in next(tmp_path.glob("qa-*-samples.jsonl")).read_text().splitlines()]
+    assert [row["prompt"] for row in logged] == [row["q"] for row in rows]
+    assert document("a", *asked, "--limit", "2")["models"][0]["qa"]["questions"] == 2
+
+
+TASK = """
+task: vowels
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["a", "e"]
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+
+
+def write_task(folder: Path) -> Path:
+    """A folder with a task over a file."""
+    data = folder / "documents.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{n}:", "label": n % 2}) + "\n" for n in range(6)))
+    (folder / "vowels.yaml").write_text(TASK.format(data=data, cache=folder / "cache"))
+    return folder
+
+
+def test_local_tasks_run_offline_by_file_and_by_name(place, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    write_task(tmp_path)
+    result = run(
+        "a", "b", "--tasks", tmp_path / "vowels.yaml", "--offline", "--fail-on-truncation", "--batch-size", "2"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "vowels  acc" in result.stdout
+    found = document("a", "b", "--tasks", "vowels", "--include-path", tmp_path, "--limit", "4")
+    assert found["suite"] == "harness"
+    assert (found["truncated_tokens"], found["cutting_tasks"]) == (0, [])
+    for model in found["models"]:
+        [row] = model["harness"]["rows"]
+        assert (row["task"], row["metric"], row["samples"]) == ("vowels", "acc", 4)
+        assert 0 <= row["value"] <= 1
+    refused(run("a", "--tasks", "vowls", "--include-path", tmp_path), "no task `vowls`; did you mean vowels")
+
+
+def test_a_task_that_cuts_by_itself_is_named_and_fails_when_asked(place, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from lm_eval.api.task import ConfigurableTask
+
+    write_task(tmp_path)
+    monkeypatch.setattr(ConfigurableTask, "PRUNE_MAX_TOKENS", 4096, raising=False)
+    asked = ["a", "--tasks", tmp_path / "vowels.yaml"]
+    assert "task vowels drops or cuts long examples by itself" in run(*asked).stderr
+    result = run(*asked, "--fail-on-truncation", "--output-path", tmp_path / "out")
+    assert result.exit_code == 6
+    assert "0 tokens were truncated; tasks that cut or drop long examples by themselves: vowels" in result.stderr
+    assert len(list((tmp_path / "out").glob("harness-*"))) == 2
+
+
+def test_data_on_the_hub_is_refused_offline(place, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from datasets import exceptions
+
+    def none(*_: object, **__: object) -> None:
+        raise exceptions.DatasetNotFoundError("Dataset 'org/none' doesn't exist on the Hub or cannot be accessed")
+
+    monkeypatch.setattr("datasets.load_dataset", none)
+    (tmp_path / "far.yaml").write_text(
+        TASK.replace("json", "org/none").format(data="x", cache="y").replace("vowels", "far")
+    )
+    result = run("a", "--tasks", "far", "--include-path", tmp_path, "--offline")
+    refused(result, "far need org/none, which needs the network, and --offline forbids it", code=3)
+    result = run("a", "--tasks", "far", "--include-path", tmp_path)
+    assert result.exit_code == 3
+    assert "lm-eval may fetch from the Hugging Face Hub: org/none" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "x", "--qa", "q"], ["--tasks means --suite harness, and something else is asked for too"]),
+        (["--tasks", "x", "--suite", "quick"], ["--tasks means --suite harness"]),
+        (["--suite", "qa"], ["--suite qa: expected --qa FILE too"]),
+        (["--suite", "recall", "--recall", "pass"], ["--recall: no task `pass`; did you mean passkey?"]),
+        (["--suite", "recall", "--lengths", "20"], ["--lengths 20: too short"]),
+        (["--qa", "none.jsonl"], ["none.jsonl: cannot be read"]),
+        (["--qa", "a/config.json", "--fields", "q"], ["--fields q: expected two names"]),
+        (["--suite", "recall", "--log-samples"], ["--log-samples: a is in no run; expected --output-path DIR too"]),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(place, arguments, words):
+    refused(run("a", *arguments), *words)
+
+
+def test_a_missing_extra_is_named(place, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(run("a", "--tasks", "x"), "lm-eval tasks need the extra [eval]: pip install 'megalodon-lm[eval]'", code=3)

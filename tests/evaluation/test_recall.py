@@ -171,8 +171,11 @@ def test_a_model_that_recalls_is_told_from_one_that_does_not(monkeypatch):
     guessed = ask(byte_model(torch.float32), TOKENS, plan, How()).document()
     assert all(cell["exact"]["value"] == 0 for cell in guessed["cells"])
 
-    def recalled(reader, last, ids, num_classes):
+    def recalled(reader, last, texts, num_classes):
         made = current[0].ids.tolist()
+        return [looked_up(made, ids, num_classes) for ids in texts]
+
+    def looked_up(made, ids, num_classes):
         seen = [*made, *ids]
         logits = torch.zeros(len(ids), num_classes)
         for place in range(len(ids)):
@@ -192,7 +195,7 @@ def test_a_model_that_recalls_is_told_from_one_that_does_not(monkeypatch):
         return current[0]
 
     monkeypatch.setattr(Plan, "sample", kept)
-    monkeypatch.setattr(answers, "likelihood", recalled)
+    monkeypatch.setattr(answers, "after", recalled)
     found = ask(byte_model(torch.float32), TOKENS, plan, How()).document()
     assert [(cell["exact"]["value"], cell["first"]["value"]) for cell in found["cells"]] == [(1, 1)] * 6
 
