@@ -202,6 +202,12 @@ class Request:
         choice = choose(self.corpus, subject.tokens, lengths[-1], self.target, asked)
         if choice.possible < asked:
             console.note(f"the text holds {choice.possible:,} such windows, fewer than --windows {asked:,}")
+        chunk = subject.writer.model.config.chunk_size
+        if chunk <= lengths[-1] and any(length % chunk for length in lengths):
+            console.note(
+                f"not all --lengths are multiples of the chunk of {subject.name}, {chunk:,} tokens: windows then begin "
+                "at other places of a chunk, and differences hold that too"
+            )
         meter = Meter(live, f"{subject.name}: {len(choice.windows)} windows", cost(choice, lengths))
         model, told = subject.writer.model, lambda count: meter.at(count, count)
         return measure(model, choice, subject.tokens, lengths, self.how, self.rows, told)

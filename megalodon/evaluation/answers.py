@@ -20,7 +20,7 @@ from megalodon.evaluation.reading import Reader
 from megalodon.evaluation.recall import CANDIDATES, DEPTHLESS, TASKS, Material, Sample
 from megalodon.evaluation.scoring import How
 from megalodon.inference.session import evaluating
-from megalodon.model.megalodon import Megalodon
+from megalodon.model.architectures import LanguageModel
 
 DEPTHS = (0.1, 0.5, 0.9)
 _Z = 1.959964
@@ -111,7 +111,7 @@ def wilson(hits: int, count: int) -> dict[str, float]:
 
 
 def ask(
-    model: Megalodon, tokens: Tokens, plan: Plan, how: How, told: Callable[[int], None] = lambda count: None
+    model: LanguageModel, tokens: Tokens, plan: Plan, how: How, told: Callable[[int], None] = lambda count: None
 ) -> Recall:
     """Ask everything. Raises: InputError for a length too short for a task, NumericalError."""
     found, done = [], 0
@@ -126,7 +126,7 @@ def ask(
     return Recall(found)
 
 
-def answer(model: Megalodon, tokens: Tokens, sample: Sample, how: How) -> tuple[str, int, bool]:
+def answer(model: LanguageModel, tokens: Tokens, sample: Sample, how: How) -> tuple[str, int, bool]:
     """The greedy text at the answer's places, the rank of the answer, and whether greedy decoding writes it."""
     reader = Reader(model, 1, how.norm_stats, how.piece, bf16=how.bf16)
     with torch.inference_mode(), evaluating(model):

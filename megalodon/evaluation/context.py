@@ -30,7 +30,7 @@ from megalodon.evaluation.corpus import Corpus, Int64s, Tokens
 from megalodon.evaluation.reading import Reader
 from megalodon.evaluation.scoring import How, Vocabulary
 from megalodon.inference.session import evaluating
-from megalodon.model.megalodon import Megalodon
+from megalodon.model.architectures import LanguageModel
 
 Floats = NDArray[np.float64]
 Told = Callable[[int], None]
@@ -167,7 +167,7 @@ def cost(choice: Choice, lengths: Sequence[int]) -> int:
 
 
 def measure(
-    model: Megalodon,
+    model: LanguageModel,
     choice: Choice,
     tokens: Tokens,
     lengths: Sequence[int],

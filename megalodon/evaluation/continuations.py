@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from megalodon.evaluation.reading import Reader
 from megalodon.evaluation.scoring import How
 from megalodon.inference.session import evaluating
-from megalodon.model.megalodon import Megalodon
+from megalodon.model.architectures import LanguageModel
 
 SHARED = 512
 """Tokens of a context from which on it is worth reading it once for all that may follow."""
@@ -43,7 +43,7 @@ class Likelihood(NamedTuple):
 
 
 def likelihoods(
-    model: Megalodon,
+    model: LanguageModel,
     pairs: Sequence[Pair],
     num_classes: int,
     how: How,
@@ -84,7 +84,7 @@ def _groups(pairs: Sequence[Pair], rows: int) -> Iterator[list[int]]:
     yield from (alone[start : start + rows] for start in range(0, len(alone), rows))
 
 
-def _branched(model: Megalodon, pairs: Sequence[Pair], num_classes: int, how: How) -> list[Likelihood]:
+def _branched(model: LanguageModel, pairs: Sequence[Pair], num_classes: int, how: How) -> list[Likelihood]:
     """Read the context that all have in common, then the continuations from there."""
     reader = Reader(model, 1, how.norm_stats, how.piece, bf16=how.bf16)
     last = reader.last(torch.tensor(pairs[0].context)[None])
@@ -115,7 +115,7 @@ def _in_rows(texts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     return ids
 
 
-def _padded(model: Megalodon, pairs: Sequence[Pair], num_classes: int, how: How) -> list[Likelihood]:
+def _padded(model: LanguageModel, pairs: Sequence[Pair], num_classes: int, how: How) -> list[Likelihood]:
     """Read pairs side by side, each in its own row."""
     rows = [(*pair.context, *pair.continuation) for pair in pairs]
     ids = _in_rows(rows)
@@ -133,7 +133,7 @@ def _padded(model: Megalodon, pairs: Sequence[Pair], num_classes: int, how: How)
     return [Likelihood(*pair) for pair in zip(nats, greedy, strict=True)]
 
 
-def _scored(model: Megalodon, hidden: Tensor, ids: Tensor, num_classes: int) -> Likelihood:
+def _scored(model: LanguageModel, hidden: Tensor, ids: Tensor, num_classes: int) -> Likelihood:
     """(n, D) hidden values before each of n ids -> the log-probability of all of them."""
     logits = linear(hidden, model.output_weight.to(hidden.dtype))[:, :num_classes]
     logits, ids = logits.to(torch.promote_types(logits.dtype, torch.float32)), ids.to(logits.device)

@@ -10,16 +10,14 @@ Not here: reading to write (megalodon/inference/session.py).
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalodon.errors import InputError
 from megalodon.inference.norm_window import KEPT, NormStats, is_due, refreshed
 from megalodon.inference.session import PIECE
+from megalodon.model.architectures import LanguageModel, ModelState, as_megalodon
 from megalodon.model.loss import token_losses
-from megalodon.model.megalodon import Megalodon
 
 _CALL = 2
 """Chunks of a pass under `window`, as the released code feeds them."""
@@ -40,7 +38,7 @@ class Reader:
 
     def __init__(
         self,
-        model: Megalodon,
+        model: LanguageModel,
         rows: int = 1,
         norm_stats: NormStats = "cumulative",
         piece: int = PIECE,
@@ -49,11 +47,11 @@ class Reader:
     ) -> None:
         self.model, self.rows, self.piece, self.bf16 = model, rows, piece, bf16
         self.position: int = 0
-        self.state: Any = model.empty_state(rows)
+        self.state: ModelState = model.empty_state(rows)
         self.window = norm_stats == "window"
-        self._chunk: int | None = getattr(model.config, "chunk_size", None)
-        if self.window and not isinstance(model, Megalodon):
-            raise InputError("norm_stats window: this model has no running statistics; expected cumulative")
+        self._chunk = (
+            as_megalodon(model, "--norm-stats window").config.chunk_size if self.window else model.config.chunk_size
+        )
         self._recent: list[int] = []
         """Ids of the last chunks, under `window`."""
 
@@ -68,8 +66,8 @@ class Reader:
         while start < tokens.shape[1]:
             end = min(tokens.shape[1], start + self._room())
             part, flags = tokens[:, start:end], None if starts is None else starts[:, start:end]
-            if self.window and self._chunk:
-                self._renew(self._chunk)
+            if self.window:
+                self._renew()
                 self._recent += part[0].tolist()
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
                 flags = flags if flags is not None and bool(flags.any()) else None
@@ -103,21 +101,20 @@ class Reader:
     def span(self) -> int:
         """Tokens of a full pass: such that passes meet the grid of chunks, if reading began on it."""
         C = self._chunk
-        if C is None or (self.piece < C and not self.window):
-            return self.piece
-        return min(self.piece, _CALL * C) if self.window else self.piece // C * C
+        if self.window:
+            return min(self.piece, _CALL * C)
+        return self.piece if self.piece < C else self.piece // C * C
 
     def _room(self) -> int:
         """Tokens of the next pass: to the next multiple of a full one, and no further than the statistics reach."""
         room = self.span - self.position % self.span
-        if self.window and self._chunk:
-            return min(room, _CALL * self._chunk - self.position % (_CALL * self._chunk))
-        return room
+        return min(room, _CALL * self._chunk - self.position % (_CALL * self._chunk)) if self.window else room
 
-    def _renew(self, C: int) -> None:
+    def _renew(self) -> None:
+        C, model = self._chunk, as_megalodon(self.model, "--norm-stats window")
         if is_due(self.position, C):
             chunks = [tuple(self._recent[n : n + C]) for n in range(0, len(self._recent), C)]
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-                self.state = refreshed(self.model, self.state, chunks, self.piece)
+                self.state = refreshed(model, self.state, chunks, self.piece)
         if self.position % C == 0:
             self._recent = self._recent[-KEPT * C :]

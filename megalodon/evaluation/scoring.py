@@ -27,7 +27,7 @@ from megalodon.evaluation.corpus import Corpus, Document, Int64s, Tokens
 from megalodon.evaluation.reading import Reader
 from megalodon.inference.norm_window import NormStats
 from megalodon.inference.session import PIECE, evaluating
-from megalodon.model.megalodon import Megalodon
+from megalodon.model.architectures import LanguageModel
 
 BLOCK_BYTES = 4096
 MANY_DOCUMENTS = 30
@@ -187,7 +187,9 @@ class _Part(NamedTuple):
     """Tokens of the document before the target."""
 
 
-def score(model: Megalodon, corpus: Corpus, tokens: Tokens, how: How, told: Told = lambda size, count: None) -> Scores:
+def score(
+    model: LanguageModel, corpus: Corpus, tokens: Tokens, how: How, told: Told = lambda size, count: None
+) -> Scores:
     """Score all documents of a corpus.
 
     Raises:
@@ -209,7 +211,7 @@ def score(model: Megalodon, corpus: Corpus, tokens: Tokens, how: How, told: Told
 class _Scoring:
     """A model that reads, and the sums so far."""
 
-    def __init__(self, model: Megalodon, tokens: Tokens, how: How, told: Told) -> None:
+    def __init__(self, model: LanguageModel, tokens: Tokens, how: How, told: Told) -> None:
         self.model, self.how, self.told = model, how, told
         self.vocabulary, self.around = Vocabulary(tokens.tokenizer), int(tokens.bos) + int(tokens.eos)
         self.documents = self.tokens_read = self.bytes = self.tokens = 0

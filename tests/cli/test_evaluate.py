@@ -138,6 +138,23 @@ def test_models_are_compared_on_the_same_text(place, tmp_path):
     assert paired == pytest.approx([b - a for a, b in zip(*losses, strict=True)])
 
 
+def test_a_run_is_compared_with_its_baseline(place):
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    assert pretrain("model.arch=llama", "-o", "runs/llama", "--max-steps", "2").exit_code == 0
+    asked = ["--suite", "long", "--lengths", "500", "--target", "20", "--concatenate", "--limit", "1"]
+    found = document("debug", "llama", *asked)
+    quick, context = found["comparisons"]
+    assert (quick["model"], quick["against"], quick["drawn"]) == ("llama", "debug", "blocks of 4,096 bytes")
+    assert [row["context"] for row in context["lengths"]] == [0, 500]
+    assert {len(model["recall"]["cells"]) for model in found["models"]} == {16}
+
+
+def test_lengths_beside_the_grid_of_chunks_are_noted(place):
+    asked = ["a", "--suite", "context", "--data", "texts", "--target", "32", "--lengths"]
+    assert "not all --lengths are multiples of the chunk of a, 10 tokens" in run(*asked, "8,64").stderr
+    assert "multiples of the chunk" not in run(*asked, "20,100").stderr
+
+
 def test_the_text_of_one_run_may_stand_in_the_training_data_of_another_model(place):
     result = run("debug", "a")
     assert result.exit_code == 0, result.stderr
@@ -300,7 +317,7 @@ def test_local_tasks_run_offline_by_file_and_by_name(place, tmp_path):
         [row] = model["harness"]["rows"]
         assert (row["task"], row["metric"], row["samples"]) == ("vowels", "acc", 4)
         assert 0 <= row["value"] <= 1
-    refused(run("a", "--tasks", "vowls", "--include-path", tmp_path), "no task `vowls`; did you mean vowels")
+    refused(run("a", "--tasks", "helaswag", "--include-path", tmp_path), "no task `helaswag`; did you mean hellaswag")
 
 
 def test_a_task_that_cuts_by_itself_is_named_and_fails_when_asked(place, tmp_path, monkeypatch):

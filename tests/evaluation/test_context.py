@@ -10,6 +10,8 @@ from megalodon.errors import InputError
 from megalodon.evaluation.context import Use, choose, cost, measure
 from megalodon.evaluation.corpus import Concatenated, Tokens, files
 from megalodon.evaluation.scoring import How
+from megalodon.model.architectures import build_model
+from megalodon.model.llama import LlamaConfig
 
 LENGTHS = (0, 1, 30, 75)
 
@@ -42,6 +44,20 @@ def test_a_window_after_a_length_of_context_is_a_direct_pass_over_both(model, tm
     mean = sum(use.buckets[end] * width for end, width in widths.items()) / scored
     assert list(use.buckets) == list(widths)
     np.testing.assert_allclose(mean, use.losses, rtol=1e-9)
+
+
+def test_the_baseline_reads_the_same_windows(tmp_path):
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    sizes = {"num_layers": 2, "model_dim": 24, "num_heads": 2, "ffn_hidden_dim": 37, "vocab_size": NUM_CLASSES + 5}
+    llama, given = build_model(LlamaConfig.model_validate(sizes), seed=3).eval(), text(80)
+    choice = choose(files(write(tmp_path / "t", given)), TOKENS, 60, 24, 3)
+    use = measure(llama, choice, TOKENS, (0, 60), How(piece=20), 2)
+    for number, window in enumerate(choice.windows):
+        seen = torch.tensor([TOKENIZER.bos_id, *window.ids.tolist()])
+        with torch.no_grad():
+            logits, _ = llama(seen[None, :-1])
+        losses = cross_entropy(logits[0, :, :NUM_CLASSES], seen[1:], reduction="none")[-24:]
+        assert use.losses[number, 1] == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
 def test_windows_lie_evenly_in_all_documents_that_are_long_enough(tmp_path):

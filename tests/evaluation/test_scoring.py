@@ -13,10 +13,13 @@ from torch.nn.functional import cross_entropy
 
 from megalodon.data.shards import TokenDocument, write_store
 from megalodon.data.tokenizer import Tokenizer, train_sentencepiece
-from megalodon.errors import DataError, NumericalError
+from megalodon.errors import DataError, InputError, NumericalError
 from megalodon.evaluation.corpus import StoreCorpus, Tokens, files
+from megalodon.evaluation.reading import Reader
 from megalodon.evaluation.scoring import BLOCK_BYTES, How, Vocabulary, score
 from megalodon.inference.session import Session
+from megalodon.model.architectures import LanguageModel, build_model
+from megalodon.model.llama import LlamaConfig
 from megalodon.model.megalodon import Megalodon
 
 TEXTS = (text(300), "a", text(7, 1), "  \n", text(90, 2))
@@ -32,7 +35,7 @@ def ids_of(given: str) -> list[int]:
     return [TOKENIZER.bos_id, *TOKENIZER.encode(given), TOKENIZER.eos_id]
 
 
-def whole(model: Megalodon, ids: list[int]) -> np.ndarray:
+def whole(model: LanguageModel, ids: list[int]) -> np.ndarray:
     """Losses of all tokens of a document but the first, in one forward pass."""
     with torch.no_grad():
         logits, _ = model(torch.tensor(ids[:-1])[None])
@@ -77,7 +80,7 @@ def test_the_window_policy_is_that_of_a_session(model, tmp_path):
     assert len(ids) > 150  # beyond chunk 8, where the statistics begin to be renewed
     session, losses = Session(model, norm_stats="window"), []
     for token, target in pairwise(ids):
-        logits = session.feed([token])[:NUM_CLASSES]
+        logits = session.step(token)[:NUM_CLASSES]
         losses.append(float(cross_entropy(logits[None], torch.tensor([target]))))
     corpus = files(write(tmp_path / "t", given, given))
     for piece in (7, 1024):
@@ -150,17 +153,35 @@ def test_a_model_is_left_in_the_mode_it_was_in(model, tmp_path):
     assert own.training
 
 
-def test_a_long_document_is_read_in_constant_memory(model, tmp_path):
-    """Reading on, a piece is all that is held: the state after it is as large as after the first."""
-    given = text(30_000)
+def test_a_long_document_is_read_piece_by_piece_and_the_state_does_not_grow(tmp_path, monkeypatch):
+    given, sizes = text(20_000), list[int]()
+    read = Reader.read
+
+    def watched(self: Reader, *arguments):
+        for start, hidden in read(self, *arguments):
+            assert hidden.shape[1] <= 1024
+            sizes.append(self.state.map(lambda x: x[:, :0] if x.dim() == 4 and x.shape[1] < 10 else x).num_bytes())
+            yield start, hidden
+
+    monkeypatch.setattr(Reader, "read", watched)
+    steps: list[tuple[int, int]] = []
     corpus = files(write(tmp_path / "t", given))
-    small = byte_model(torch.float32)
-    sizes: list[tuple[int, int]] = []
-    found = score(small, corpus, TOKENS, How(), lambda size, count: sizes.append((size, count)))
-    assert found.bytes == len(given.encode()) > 100_000
-    steps = np.diff([count for _, count in sizes])
-    assert steps[:-1].max() <= 1024
-    assert sizes[-1] == (found.bytes, found.tokens)
+    found = score(byte_model(torch.float32), corpus, TOKENS, How(), lambda size, count: steps.append((size, count)))
+    assert found.bytes == len(given.encode()) > 70_000
+    assert len(sizes) > 70 and len(set(sizes)) == 1  # but for the keys of an open chunk
+    assert steps[-1] == (found.bytes, found.tokens)
+
+
+def test_the_baseline_is_scored_by_the_same_rule(tmp_path):
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    sizes = {"num_layers": 2, "model_dim": 24, "num_heads": 2, "ffn_hidden_dim": 37, "vocab_size": NUM_CLASSES + 5}
+    llama = build_model(LlamaConfig.model_validate(sizes), seed=3).eval()
+    corpus = files(write(tmp_path / "t", *TEXTS))
+    found = score(llama, corpus, TOKENS, How(piece=50))
+    losses = np.concatenate([whole(llama, ids_of(given)) for given in KEPT])
+    assert found.nats == pytest.approx(losses.sum(), rel=1e-5)
+    with pytest.raises(InputError, match="--norm-stats window is not available with arch llama"):
+        score(llama, corpus, TOKENS, How("window"))
 
 
 def test_errors_of_few_documents_come_from_blocks_and_of_many_from_documents(model, tmp_path):
