@@ -7,7 +7,6 @@ written (evaluation_screen.py).
 import difflib
 import importlib.metadata
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -343,7 +342,6 @@ def _tasks(options: Options, directory: Path) -> "Tasks":
     """Find and load the tasks of the harness, whose data may come from the Hub."""
     if importlib.util.find_spec("lm_eval") is None:
         raise EnvironmentFault("lm-eval tasks need the extra [eval]: pip install 'megalodon-lm[eval]'")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars would run through ours; read when it is imported
     from megalodon.evaluation.harness import Index
     from megalodon.profiling import numbers
 

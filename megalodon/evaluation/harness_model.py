@@ -134,10 +134,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         return [totals.get(number, 0.0) for number in range(len(pairs))]
 
     def _likelihoods(self, pairs: Sequence[Pair], what: str) -> list[tuple[float, bool]]:
+        markers = self.writer.chat.new_rows if self.chatting and self.writer.chat else 0
         found = likelihoods(
             self.writer.model,
             pairs,
-            self.writer.tokenizer.vocab_size,
+            self.writer.tokenizer.vocab_size + markers,
             self.how,
             self.batch_size,
             lambda done: self.told(what, done, len(pairs)),

@@ -32,6 +32,8 @@ from megalodon.model.architectures import LanguageModel
 BLOCK_BYTES = 4096
 MANY_DOCUMENTS = 30
 """From so many documents on, the bootstrap draws documents; of fewer, blocks."""
+MOST_UNITS = 10_000
+"""Of the bootstrap, whose time grows with them."""
 _SPACES = b" \t\n\r\v\f"
 Floats = NDArray[np.float64]
 
@@ -115,12 +117,16 @@ class Scores(NamedTuple):
         return "documents" if self.documents >= MANY_DOCUMENTS else f"blocks of {BLOCK_BYTES:,} bytes"
 
     def units(self) -> dict[Any, Block]:
-        """Sums of what the bootstrap draws."""
-        if self.documents < MANY_DOCUMENTS:
-            return dict(self.blocks)
+        """Sums of what the bootstrap draws; neighbours are drawn together where there are very many."""
+        if self.documents >= MANY_DOCUMENTS:
+            size = -(-self.documents // MOST_UNITS)
+            keys: Iterable[Any] = (document // size for document, _ in self.blocks)
+        else:
+            size = 1 + self.bytes // (BLOCK_BYTES * MOST_UNITS)
+            keys = ((document, block // size) for document, block in self.blocks)
         found: dict[Any, Block] = {}
-        for (document, _), block in self.blocks.items():
-            found[document] = _plus(found.get(document, Block()), block)
+        for key, block in zip(keys, self.blocks.values(), strict=True):
+            found[key] = _plus(found.get(key, Block()), block)
         return found
 
     def loss(self) -> Interval:

@@ -4,6 +4,7 @@ Not here: what is measured (megalodon/evaluation), what the options mean (evalua
 (evaluation_models.py), tables and files (evaluation_screen.py).
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -187,6 +188,8 @@ def evaluate(
 
         megalodon evaluate debug --suite recall --lengths 512 --limit 1
     """
+    if tasks is not None:  # bars of the harness would run through ours; read when tqdm is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from megalodon_cli import evaluation_request, evaluation_screen
 
     options = evaluation_request.Options(

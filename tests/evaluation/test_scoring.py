@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from megalodon.data.shards import TokenDocument, write_store
 from megalodon.data.tokenizer import Tokenizer, train_sentencepiece
 from megalodon.errors import DataError, InputError, NumericalError
+from megalodon.evaluation import scoring
 from megalodon.evaluation.corpus import StoreCorpus, Tokens, files
 from megalodon.evaluation.reading import Reader
 from megalodon.evaluation.scoring import BLOCK_BYTES, How, Vocabulary, score
@@ -184,7 +185,16 @@ def test_the_baseline_is_scored_by_the_same_rule(tmp_path):
         score(llama, corpus, TOKENS, How("window"))
 
 
-def test_errors_of_few_documents_come_from_blocks_and_of_many_from_documents(model, tmp_path):
+def test_bfloat16_is_near_and_not_equal_and_carries_its_state(tmp_path):
+    model, corpus = byte_model(torch.float32), files(write(tmp_path / "t", text(300)))
+    exact, half = (score(model, corpus, TOKENS, How(bf16=bf16, piece=64)) for bf16 in (False, True))
+    assert half.nats != exact.nats
+    assert half.loss().value == pytest.approx(exact.loss().value, rel=0.02)
+    whole_pass = score(model, corpus, TOKENS, How(bf16=True, piece=4096))
+    assert half.loss().value == pytest.approx(whole_pass.loss().value, rel=0.005)
+
+
+def test_errors_of_few_documents_come_from_blocks_and_of_many_from_documents(model, tmp_path, monkeypatch):
     few = score(model, files(write(tmp_path / "few", text(3000), text(50, 1))), TOKENS, How())
     assert few.drawn == "blocks of 4,096 bytes"
     many = score(model, files(write(tmp_path / "many", *(text(4, n) for n in range(30)))), TOKENS, How())
@@ -193,5 +203,11 @@ def test_errors_of_few_documents_come_from_blocks_and_of_many_from_documents(mod
         bits = found.bits_per_byte()
         assert bits.low < bits.value < bits.high
         assert 0 < bits.error < 0.2
+    monkeypatch.setattr(scoring, "MOST_UNITS", 7)
+    for found in (few, many):  # neighbours are joined, nothing is lost
+        units = found.units()
+        assert len(units) <= 8
+        assert sum(block.bytes for block in units.values()) == found.bytes
+        assert found.loss().value == pytest.approx(found.nats / found.tokens)
     one = score(model, files(write(tmp_path / "one", text(50))), TOKENS, How())
     assert one.document()["loss"]["error"] is None
