@@ -216,6 +216,14 @@ class Impossible(ValueError):
         self.faults = faults
 
 
+def count_name(count: int) -> str:
+    """Return 1024 as `1Ki`, 1048576 as `1Mi`, 1000 as `1,000`: what `parse_count` takes, short where it can be."""
+    for unit in ("Mi", "Ki"):
+        if count and count % _BINARY[unit] == 0:
+            return f"{count // _BINARY[unit]:,}{unit}"
+    return f"{count:,}"
+
+
 def show(value: object) -> str:
     """Return a value as a recipe would write it: `null`, `true`, `[1, 2]`, `text`."""
     if value is None or isinstance(value, bool):

@@ -19,6 +19,7 @@ from megalodon.errors import EnvironmentFault, InputError
 from megalodon_cli import console, crash, variables
 from megalodon_cli.commands.convert import convert
 from megalodon_cli.commands.doctor import doctor
+from megalodon_cli.commands.evaluate import evaluate
 from megalodon_cli.commands.finetune import finetune
 from megalodon_cli.commands.generate import generate
 from megalodon_cli.commands.pretrain import pretrain
@@ -47,7 +48,7 @@ EXIT_CODES = """[bold]Exit codes[/bold]
 
 130, 143  interrupted twice, or before the first step"""
 
-JSON = {"tokenize", "pretrain", "finetune", "convert", "generate", "recipes", "runs", "profile", "doctor"}
+JSON = {"tokenize", "pretrain", "finetune", "convert", "generate", "evaluate", "recipes", "runs", "profile", "doctor"}
 """Commands whose result is also a JSON document."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 """What the system says of a disk that takes no more."""
@@ -56,7 +57,18 @@ UNFIT |= {errno.EACCES, errno.EPERM, errno.EROFS}
 """What the system says of a path that cannot be what was asked of it."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 """Variables that keep the libraries of the Hugging Face Hub from the network."""
-COMMANDS = ("tokenize", "pretrain", "finetune", "convert", "generate", "recipes", "runs", "profile", "doctor")
+COMMANDS = (
+    "tokenize",
+    "pretrain",
+    "finetune",
+    "convert",
+    "generate",
+    "evaluate",
+    "recipes",
+    "runs",
+    "profile",
+    "doctor",
+)
 TAKES_KEYS = {"tokenize", "pretrain", "finetune", "recipes"}
 """Commands that take recipe keys, also in the form `--optim.lr 1e-3`."""
 EXAMPLES = {
@@ -156,7 +168,7 @@ class Shell(TyperGroup):
         line = args[0] if args else extra.pop("args", None)
         given = list(sys.argv[1:] if line is None else line)
         console.configure(console.Settings(json="--json" in given and bool(JSON & set(given))))
-        before = {name: os.environ.get(name) for name in ("NO_COLOR", "FORCE_COLOR", *OFFLINE)}
+        before = {name: os.environ.get(name) for name in ("NO_COLOR", "FORCE_COLOR", "TQDM_DISABLE", *OFFLINE)}
         try:
             code = self._guarded(given, extra)
         finally:
@@ -361,6 +373,7 @@ app.command("pretrain", rich_help_panel="Model")(pretrain)
 app.command("finetune", rich_help_panel="Model")(finetune)
 app.command("convert", rich_help_panel="Model")(convert)
 app.command("generate", rich_help_panel="Run")(generate)
+app.command("evaluate", rich_help_panel="Run")(evaluate)
 app.add_typer(runs, cls=Shell, name="runs", rich_help_panel="Run")
 app.command("profile", rich_help_panel="Run")(profile)
 app.command("doctor", rich_help_panel="Run")(doctor)

@@ -55,17 +55,17 @@ def plot_run(name: str, rows: Sequence[Row], unigram: float | None, file: Path) 
     health = [row for row in rows if row.get("kind") == "health" and row.get("layers")]
     if any("memory" in layer for row in health for layer in row["layers"]):
         panels.append(lambda axis: _memory(axis, health))
-    _draw(name, panels, file)
+    draw(name, panels, file)
 
 
 def plot_comparison(runs: Mapping[str, Sequence[Row]], file: Path) -> None:
     """Draw the training and validation losses of several runs over tokens."""
-    _draw(" · ".join(runs), [lambda axis: _losses(axis, runs, "tokens"), lambda axis: _valid(axis, runs)], file)
+    draw(" · ".join(runs), [lambda axis: _losses(axis, runs, "tokens"), lambda axis: _valid(axis, runs)], file)
 
 
 def plot_speeds(name: str, speeds: Mapping[str, Sequence[tuple[int, float]]], file: Path) -> None:
     """Draw tokens/s over the depth of a session, a panel for each kind of reading."""
-    _draw(name, [lambda axis, of=of: _over_depth(axis, *of) for of in speeds.items()], file)  # type: ignore[misc]
+    draw(name, [lambda axis, of=of: _over_depth(axis, *of) for of in speeds.items()], file)  # type: ignore[misc]
 
 
 def _over_depth(axis: Any, title: str, points: Sequence[tuple[int, float]]) -> None:
@@ -78,7 +78,7 @@ def _over_depth(axis: Any, title: str, points: Sequence[tuple[int, float]]) -> N
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda at, _: console.amount(at)))
 
 
-def _draw(title: str, panels: Sequence[Callable[[Any], None]], file: Path) -> None:
+def draw(title: str, panels: Sequence[Callable[[Any], None]], file: Path) -> None:
     """Lay out panels, at most four in a row, and write the file."""
     matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("Agg")

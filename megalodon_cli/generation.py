@@ -71,14 +71,14 @@ class Progress:
         passed, share = max(now - self._began, 1e-9), size / self.size
         keep = now - self._told >= REPORT_SECONDS
         self._told = now if keep else self._told
-        left = _duration(passed * (1 - share) / max(share, 1e-9))
+        left = duration(passed * (1 - share) / max(share, 1e-9))
         shown = f"{self.name}: {tokens:,} tokens, {tokens / passed:,.0f} tok/s, {share:.0%}, {left} left"
         self._screen.update(shown, share=share, keep=keep)
 
     def summary(self) -> str:
         """What it was, once it is done."""
         passed = max(time.perf_counter() - self._began, 1e-9)
-        return f"read {self.name}: {self.tokens:,} tokens in {_duration(passed)}, {self.tokens / passed:,.0f} tok/s"
+        return f"read {self.name}: {self.tokens:,} tokens in {duration(passed)}, {self.tokens / passed:,.0f} tok/s"
 
 
 def open_conversation(
@@ -263,7 +263,7 @@ def answer_file(
         raise MegalodonError(f"{done.failed:,} lines of {source} could not be used; their errors stand in {target}")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Seconds as 3.2s, 15m or 2.1h."""
     if seconds < 100:
         return f"{seconds:.1f}s"

@@ -13,8 +13,10 @@ from megalodon.config import (
     Count,
     InvalidRecipe,
     Share,
+    count_name,
     merge,
     override,
+    parse_count,
     parse_duration,
     read_layer,
     read_text,
@@ -248,3 +250,11 @@ def test_the_later_layer_wins_per_key_and_lists_are_replaced():
 def test_values_never_change():
     with pytest.raises(ValueError, match="frozen"):
         Recipe().on = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(0, "0"), (1024, "1Ki"), (1 << 17, "128Ki"), (3 << 20, "3Mi"), (1000, "1,000")]
+)
+def test_counts_have_the_names_that_options_take(count, name):
+    assert count_name(count) == name
+    assert parse_count(name.replace(",", "")) == count

@@ -22,7 +22,8 @@ from megalodon_kernels import Backend
 LanguageModel = Megalodon | Llama
 LanguageModelConfig = ModelConfig | LlamaConfig
 ModelState = Any
-"""State or LlamaState, whichever the model has: opaque to all but the model, except `position` and `num_bytes()`."""
+"""State or LlamaState, whichever the model has: opaque to all but the model, except `position`, `rows()` and
+`num_bytes()`."""
 
 
 @overload
