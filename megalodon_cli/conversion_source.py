@@ -48,7 +48,7 @@ def _step(given: str) -> "Saved | None":
 
     place = Path(given)
     if (place / "manifest.json").is_file() and (place / "tensors").is_dir():
-        return verify_step(place.resolve())
+        return verify_step(place if place.name.startswith("step-") else place.resolve())
     return checkpoints.step_of(given)
 
 

@@ -83,7 +83,7 @@ def finish_directory(aside: Path, weights: Mapping[str, Mapping[str, Any]], meta
         weights: size and hash of each file of weights, as `write_weights` returned them.
         meta:    what it records besides format and hashes.
     """
-    paths = [path for path in sorted(aside.iterdir()) if path.is_file()]
+    paths = [path for path in sorted(aside.iterdir()) if path.is_file() and path.name != "megalodon.json"]
     files = {path.name: weights.get(path.name) or describe_file(path) for path in paths}
     about = {"format": FORMAT, **meta, "weights_sha256": weights_sha256(weights), "files": files}
     write_json(aside / "megalodon.json", about)

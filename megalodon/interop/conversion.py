@@ -25,9 +25,19 @@ from megalodon.checkpoint.weight_files import Tensors, open_weights, write_weigh
 from megalodon.data.chat import ChatFormat
 from megalodon.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from megalodon.errors import CheckFailed, CheckpointError, EnvironmentFault, InputError
+from megalodon.interop import huggingface
 from megalodon.interop.official_files import WEIGHTS as PTH
 from megalodon.interop.official_files import open_released, write_released
-from megalodon.interop.parity import Parity, compare, is_small, logits_of, parity_tokens
+from megalodon.interop.parity import (
+    EQUAL,
+    Outcome,
+    Parity,
+    compare,
+    compare_logits,
+    is_small,
+    outcome_of,
+    parity_tokens,
+)
 from megalodon.interop.quantise import plain, quantised, require_torchao
 from megalodon.interop.sources import Source, completed, fit_of
 from megalodon.model.megalodon import Megalodon, ModelConfig
@@ -191,8 +201,6 @@ def _write(
     write_json(aside / "config.json", fields)
     files = write_weights(aside, written, options.shard_bytes, report)
     if options.to == "hf":
-        from megalodon.interop import huggingface
-
         huggingface.write_export(aside, config, dtype=dtype, title=source.path.name, about=source.info)
     return files, remarks
 
@@ -210,82 +218,62 @@ def _verify(
             back, found = open_weights(aside, 2 * len(written.forms)), read_config(aside)
         if found != config:
             raise CheckFailed(f"parity: the configuration came back as another one: {found!r}")
-        differ = [name for name in written.forms if not _same(written, back, name)]
+        differ = [name for name in written.forms.keys() | back.forms.keys() if not _same(written, back, name)]
         if differ:
-            raise CheckFailed(f"parity: {len(differ)} tensors came back with other values: {', '.join(differ[:5])}")
+            raise CheckFailed(
+                f"parity: {len(differ)} tensors came back with other values: {', '.join(sorted(differ)[:5])}"
+            )
         report(f"read back: {len(written.forms):,} tensors, equal bit by bit")
         original = completed(source)
         lossless = options.quantisation is None and all(
             written.forms[name].torch_dtype.itemsize >= form.torch_dtype.itemsize
             for name, form in original.forms.items()
         )
-        after = back if options.quantisation is None else plain(config, back, options.quantisation)
+        tokens = parity_tokens(config)
         if lossless and not is_small(config):
             # Equal tensors of one configuration are one function; to compute it twice would prove nothing more.
-            tokens = parity_tokens(config)
-            remarks.append("too large to be run here as a whole; its tensors are equal bit by bit, so its logits are")
-            return Parity(tokens.shape[1], 0.0, 1.0, None, 0.0), remarks
-        tokens = parity_tokens(config)
-        parity = compare(config, original, after, tokens, lambda part: report(f"compared {part}"))
-        if lossless and parity.largest:
+            return EQUAL, ["not loaded by transformers: too large here"] if options.to == "hf" else []
+        after = back if options.quantisation is None else plain(config, back, options.quantisation)
+        parity, outcome = compare(config, original, after, tokens, lambda part: report(f"compared {part}"))
+        if lossless and parity.largest != 0:
             raise CheckFailed(
                 f"parity: logits differ by {parity.largest:.3g}, from {parity.first_layer} on; expected equal ones"
             )
         if is_small(config):
-            if source.unmerged is not None and lossless:
-                remarks += _check_merge(source, original, tokens, parity)
-            remarks += _check_loaders(aside, config, after, tokens, dtype, options, parity)
+            scale = max(1.0, parity.scale / _NAMED)
+            if lossless and source.adapted is not None:
+                allowed = REORDERED_DIFFERENCE * scale
+                adapted = outcome_of(source.adapted, tokens)
+                remarks.append(_within("base and adapter", outcome, adapted.logits, allowed))
+            if options.to != "ref":
+                allowed = 0.0 if options.quantisation is None else REORDERED_DIFFERENCE * scale
+                loaded = outcome_of(load_model(aside).eval(), tokens)
+                _within("our loader", outcome, loaded.logits, allowed)
+            if options.to == "hf":
+                remarks.append(_check_transformers(aside, tokens, outcome, TRANSFORMERS_DIFFERENCE[dtype] * scale))
     return parity, remarks
 
 
-def _check_merge(source: Source, merged: Tensors, tokens: torch.Tensor, parity: Parity) -> list[str]:
-    """Compare the merged weights with the base and its adapter. Raises: CheckFailed."""
-    assert source.unmerged is not None
-    allowed = REORDERED_DIFFERENCE * max(1.0, parity.scale / _NAMED)
-    difference = float((source.unmerged(tokens) - logits_of(source.config, merged, tokens)).abs().max())
-    if not difference <= allowed:
-        raise CheckFailed(f"parity: merged, logits differ by {difference:.3g}; expected at most {allowed:.3g}")
-    return [f"merged against base and adapter: largest logit difference {difference:.3g} (allowed {allowed:.3g})"]
-
-
 def _same(written: Tensors, back: Tensors, name: str) -> bool:
-    if back.forms.get(name) != written.forms[name]:
-        return False
-    return torch.equal(back.read(name), written.read(name))
+    form = written.forms.get(name)
+    return form is not None and back.forms.get(name) == form and torch.equal(back.read(name), written.read(name))
 
 
-def _check_loaders(
-    aside: Path,
-    config: ModelConfig,
-    after: Tensors,
-    tokens: torch.Tensor,
-    dtype: torch.dtype,
-    options: Options,
-    parity: Parity,
-) -> list[str]:
-    """Compare what loaders make of the directory with its tensors. Raises: CheckFailed."""
-    if options.to == "ref":
-        return []
-    expected = logits_of(config, after, tokens)
-    with torch.no_grad():
-        logits = load_model(aside).eval()(tokens)[0][0]
-    scale = max(1.0, parity.scale / _NAMED)
-    allowed = 0.0 if options.quantisation is None else REORDERED_DIFFERENCE * scale
-    if not (difference := float((logits - expected).abs().max())) <= allowed:
-        raise CheckFailed(f"parity: our loader gives logits that differ by {difference:.3g}; expected {allowed:g}")
-    if options.to != "hf":
-        return []
+def _check_transformers(aside: Path, tokens: torch.Tensor, outcome: Outcome, allowed: float) -> str:
+    """Compare what transformers computes. Raises: CheckFailed."""
     if importlib.util.find_spec("transformers") is None:
-        return ["not checked through transformers, which is not installed (the extra [hf])"]
-    from megalodon.interop import huggingface
+        return "not checked through transformers, which is not installed (the extra [hf])"
+    theirs = huggingface.check_with_transformers(aside, tokens)[0].float()
+    return _within("AutoModelForCausalLM", outcome, lambda place: theirs[place], allowed)
 
-    theirs = huggingface.check_with_transformers(aside, tokens).float().view_as(expected)
-    allowed = TRANSFORMERS_DIFFERENCE[dtype] * scale
-    if not (difference := float((theirs - expected).abs().max())) <= allowed:
-        raise CheckFailed(
-            f"parity: AutoModelForCausalLM gives logits that differ by {difference:.3g}; expected at most {allowed:.3g}"
-        )
-    return [f"AutoModelForCausalLM: largest logit difference {difference:.3g} (allowed {allowed:.3g})"]
+
+def _within(name: str, outcome: Outcome, other: Callable[[slice], torch.Tensor], allowed: float) -> str:
+    """Say how far other logits lie from those of the tensors that were written. Raises: CheckFailed: too far."""
+    difference, same, _ = compare_logits(outcome, other)
+    said = f"{name}: largest logit difference {difference:.3g}, top-1 agreement {same:.2%} (allowed {allowed:.3g})"
+    if not difference <= allowed:
+        raise CheckFailed(f"parity: {said}")
+    return said
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -108,7 +108,10 @@ def _joined(files: PickledFiles, config: ModelConfig, directory: Path) -> Tensor
         problems += [f"{name} is in {other} alone" for name in forms if name not in first]
         differ = [name for name in first if name in forms and forms[name] != first[name]]
         problems += [f"{name} is {first[name]} in rank 0, {forms[name]} in {other}" for name in differ]
-    problems += [f"{n} is {f} and cannot be joined" for n, f in first.items() if len(f.shape) <= (split_axis(n) or 0)]
+    axes = {name: split_axis(name) for name in first}
+    problems += [
+        f"{n} is {first[n]} and cannot be joined" for n, a in axes.items() if a is not None and a >= len(first[n].shape)
+    ]
     if problems:
         raise CheckpointError(f"{directory}: the files of the ranks do not fit together: {'; '.join(problems)}")
 

@@ -7,7 +7,7 @@ can be compared; hidden values pass from layer to layer in pieces, as in streami
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ from megalodon.model.megalodon import Megalodon, ModelConfig
 
 CHUNKS, MORE = 3, 5
 """Tokens that are compared: so many chunks and a few more."""
-SMALL = 2**30
-"""Bytes of float32 parameters up to which a layer sees all tokens at once; beyond, pieces bound the memory."""
+SMALL = 2**28
+"""Bytes of float32 parameters up to which a model is run as a whole; beyond, layer by layer and in pieces of text."""
 PIECE = 1024
 """Tokens of a piece."""
 _LOGIT_BYTES = 2**27
@@ -32,6 +32,7 @@ class Parity(NamedTuple):
     """What a comparison found."""
 
     tokens: int
+    """That were run; 0 where every tensor was compared instead."""
     largest: float
     """Largest difference of a logit."""
     agreement: float
@@ -49,6 +50,23 @@ class Parity(NamedTuple):
             "top1_agreement": self.agreement,
             "first_layer_that_differs": self.first_layer,
         }
+
+
+EQUAL = Parity(0, 0.0, 1.0, None, 0.0)
+"""What equal tensors of one configuration come to, without running them."""
+
+
+class Outcome(NamedTuple):
+    """What a model computes of some tokens, before the last product: logits of all of them may be too many."""
+
+    hidden: Tensor
+    """(L, D)."""
+    matrix: Tensor
+    """(num_outputs, D)."""
+
+    def logits(self, place: slice) -> Tensor:
+        """(tokens, num_outputs) of some tokens."""
+        return linear(self.hidden[place], self.matrix)
 
 
 def parity_tokens(config: ModelConfig, seed: int = 0) -> Tensor:
@@ -134,12 +152,14 @@ def compare(
     second: Tensors,
     tokens: Tensor,
     report: Callable[[str], None] = lambda text: None,
-) -> Parity:
+) -> tuple[Parity, Outcome]:
     """Compare two state dicts of one configuration.
 
     Args:
         tokens: (1, L) ids.
         report: called with the name of each part that was compared.
+    Returns:
+        what was found, and what the second one computed.
     """
     walks = Walk(config, first), Walk(config, second)
     hidden = [tokens, tokens]
@@ -149,31 +169,34 @@ def compare(
         if differs is None and not torch.equal(*hidden):
             differs = part
         report(part)
-    largest = scale = 0.0
-    same = 0
-    matrices = [walk.output_matrix() for walk in walks]
-    for logits, other in _logits(hidden, matrices):
-        largest = max(largest, float((logits - other).abs().max()))
-        scale = max(scale, float(logits.abs().max()))
-        same += int((logits.argmax(-1) == other.argmax(-1)).sum())
+    one, other = (Outcome(x[0], walk.output_matrix()) for walk, x in zip(walks, hidden, strict=True))
+    largest, same, scale = compare_logits(one, other.logits)
     if largest and differs is None:
         differs = "output.output"
-    return Parity(tokens.shape[1], largest, same / tokens.shape[1], differs, scale)
+    return Parity(tokens.shape[1], largest, same, differs, scale), other
 
 
 @torch.no_grad()
-def logits_of(config: ModelConfig, tensors: Tensors, tokens: Tensor) -> Tensor:
-    """Logits (L, num_outputs) of a small model by a walk: what the whole model gives, bit by bit."""
-    walk = Walk(config, tensors)
-    x = tokens
-    for part in walk.parts():
-        x = walk.apply(part, x)
-    return linear(x, walk.output_matrix())[0]
+def outcome_of(model: Megalodon, tokens: Tensor) -> Outcome:
+    """What a model that is in memory as a whole computes of ids (1, L)."""
+    return Outcome(model.hidden(tokens)[0][0], model.output_weight)
 
 
-def _logits(hidden: list[Tensor], matrices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (tokens, num_outputs) of both, some tokens at a time."""
-    count = max(1, _LOGIT_BYTES // (4 * len(matrices[0])))
-    for start in range(0, hidden[0].shape[1], count):
-        first, second = (linear(x[0, start : start + count], w) for x, w in zip(hidden, matrices, strict=True))
-        yield first, second
+@torch.no_grad()
+def compare_logits(one: Outcome, other: Callable[[slice], Tensor]) -> tuple[float, float, float]:
+    """Return the largest difference, the share of tokens with the same first choice, and the largest logit.
+
+    Args:
+        other: gives the logits (tokens, num_outputs) of some tokens.
+    """
+    largest = scale = 0.0
+    same, length = 0, len(one.hidden)
+    count = max(1, _LOGIT_BYTES // (4 * len(one.matrix)))
+    for start in range(0, length, count):
+        place = slice(start, start + count)
+        logits, others = one.logits(place), other(place)
+        # A NaN is a difference: comparisons with it are false, and max passes it on.
+        largest = float(torch.maximum((logits - others).abs().max(), torch.tensor(largest)))
+        scale = max(scale, float(logits.abs().max()))
+        same += int((logits.argmax(-1) == others.argmax(-1)).sum())
+    return largest, same / length, scale

@@ -1,6 +1,6 @@
 """A process of its own that opens `.pth` files and hands over the bytes of their tensors; run by path, never imported.
 
-    python -I pickle_process.py < {"paths": […], "memory": bytes}       then one {"file": 0, "name": "embed.weight"} a line
+    python -I pickle_process.py < {"paths": […], "memory": bytes}    then one {"file": 0, "name": "embed.weight"} a line
 
 It answers the first line with one line of JSON, {"tensors": [{name: [dtype, shape]}, …]} or {"error": "…"},
 and each further one with the bytes of that tensor. Files are opened with `weights_only`, which runs nothing of what is

@@ -8,10 +8,10 @@ their base. A step of a run needs the recipe beside it, which this part does not
 Not here: which directory a user means (megalodon_cli), what is written (conversion.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +60,8 @@ class Source(NamedTuple):
     beside: Mapping[str, Path]
     """Files of the tokenizer and the chat template, by the name they are to have."""
     quantisation: Quantisation | None = None
-    unmerged: Callable[[Tensor], Tensor] | None = None
-    """Of an adapter: ids (1, L) -> logits (L, num_outputs) of the base with the adapter beside it."""
+    adapted: Megalodon | None = None
+    """Of an adapter: its base with the adapter beside it, not yet merged."""
 
 
 def recognise(directory: Path) -> str:
@@ -77,11 +77,11 @@ def recognise(directory: Path) -> str:
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".pth", ".pt", ".bin"))
         also = f"; {pickles[0]} alone is not enough: {ABOUT} says how it was written" if pickles else ""
         raise CheckpointError(f"{directory} holds no config.json, so it is no model and no checkpoint{also}")
-    kind = read_json(directory / "config.json").get("model_type")
-    if kind == "llama":
+    given = read_json(directory / "config.json").get("model_type")
+    if given == "llama":
         raise InputError(f"{directory} is a Llama, which transformers reads as it is; there is nothing to convert")
-    if kind != "megalodon":
-        raise CheckpointError(f"{directory / 'config.json'} has model_type {kind!r}; expected 'megalodon'")
+    if given != "megalodon":
+        raise CheckpointError(f"{directory / 'config.json'} has model_type {given!r}; expected 'megalodon'")
     return NATIVE if (directory / "megalodon.json").is_file() else TRANSFORMERS
 
 
@@ -109,15 +109,10 @@ def _adapter(directory: Path, base: Path | None) -> Source:
     info = read_adapter_info(directory)
     adapted = load_adapted(directory, base).eval()
     tensors = {name: tensor.detach() for name, tensor in merged(adapted).state_dict().items()}
-
-    def unmerged(tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            return cast(Tensor, adapted(tokens)[0][0])
-
     merged_from = {"base": info["base"]["weights_sha256"], "adapter": info["files"][ADAPTER_WEIGHTS]["sha256"]}
     kept = {**_kept(info), "merged_from": merged_from}
     whole = tensors_in_memory(tensors)
-    return Source(ADAPTER, directory, adapted.config, whole, kept, _beside(directory), unmerged=unmerged)
+    return Source(ADAPTER, directory, adapted.config, whole, kept, _beside(directory), adapted=adapted)
 
 
 def _released(directory: Path, stack: ExitStack, verify: bool) -> Source:

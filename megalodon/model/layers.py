@@ -134,7 +134,8 @@ def dequantised(integers: Tensor, scale: Tensor, in_features: int) -> Tensor:
     groups = scale.shape[1]
     if groups == 1:
         return whole * scale
-    return (whole.unflatten(1, (groups, -1)) * scale[..., None]).flatten(1)
+    matrix: Tensor = (whole.unflatten(1, (groups, -1)) * scale[..., None]).flatten(1)
+    return matrix
 
 
 def unpacked(halves: Tensor) -> Tensor:

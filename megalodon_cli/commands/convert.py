@@ -152,7 +152,7 @@ def _convert(source: "Source", target: Path, options: "Options") -> None:
 
 
 def _how(source: "Source", options: "Options") -> str:
-    merged = source.info.get("merged_from") if source.unmerged is not None else None
+    merged = source.info.get("merged_from") if source.adapted is not None else None
     if merged:
         return f"{merged['base'][:8]} with adapter {merged['adapter'][:8]} merged"
     if options.quantisation is not None:
@@ -164,6 +164,8 @@ def _parity(done: "Conversion") -> str:
     found = done.parity
     if found is None:
         return "not checked (--no-verify)"
+    if not found.tokens:
+        return "every tensor equal bit by bit; too large to be run as a whole"
     if not found.largest:
         return f"equal bit by bit, {found.tokens:,} tokens"
     return (
