@@ -73,10 +73,11 @@ def assign_quantised(
         CheckpointError: integers or scales are missing or have another shape or dtype; the message names each.
     """
     rest = {name: t for name, t in tensors.items() if ".weight." not in name}
-    problems = []
+    problems, known = [], set[str]()
     for name in quantised_matrices(model.config):
         shape = model.get_parameter(name).shape
         wanted = stored_as(name, tuple(shape), quantisation)
+        known |= wanted.keys()
         found = {part: (tuple(tensors[part].shape), tensors[part].dtype) for part in wanted if part in tensors}
         faults = [f"missing {part}" for part in wanted if part not in found]
         for part, held in found.items():
@@ -95,7 +96,6 @@ def assign_quantised(
             problems.append(f"{'missing' if bias is None else 'unexpected'} {module}.bias")
         wide = None if bias is None else bias.float()
         model.set_submodule(module, QuantisedLinear(integers, scale, wide, shape[1]))
-    known = {f"{name}.{part}" for name in quantised_matrices(model.config) for part in ("int8", "int4", "scale")}
     problems += [f"unexpected {name}" for name in tensors if ".weight." in name and name not in known]
     if problems:
         raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: " + "; ".join(problems))
