@@ -174,7 +174,7 @@ def _tokenizer(source: Source) -> Tokenizer | None:
     expected = source.info.get("tokenizer_sha256", tokenizer.sha256)
     if tokenizer.sha256 != expected:
         raise CheckpointError(
-            f"{source.path}: the tokenizer is {tokenizer.sha256[:8]}, but the model was trained with {expected[:8]}"
+            f"{source.path}: the tokenizer is {tokenizer.sha256[:8]}, the model was trained with {str(expected)[:8]}"
         )
     return tokenizer
 

@@ -130,7 +130,8 @@ def _model(directory: Path, kind: str, verify: bool) -> Source:
         )
     config = read_config(directory)
     tensors = open_weights(directory, max(_HEADER_TENSORS, 64 * config.num_layers))
-    listed = info.get("files", {})
+    files = info.get("files")
+    listed = files if isinstance(files, dict) else {}
     if kind == NATIVE and (unlisted := [p.name for p in weight_paths(directory) if p.name not in listed]):
         raise CheckpointError(f"{directory / 'megalodon.json'} does not list {unlisted[0]}")
     found = read_quantisation(directory)
@@ -152,7 +153,12 @@ def _kept(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beside(directory: Path) -> dict[str, Path]:
-    return {name: directory / name for name in BESIDE if (directory / name).is_file()}
+    """Tokenizer and template. Raises: CheckpointError: one is a link: its file would come along under another name."""
+    found = {name: directory / name for name in BESIDE if (directory / name).is_file()}
+    for path in found.values():
+        if path.resolve().parent != directory.resolve():
+            raise CheckpointError(f"{path} leads out of {directory}; expected the file itself")
+    return found
 
 
 def step_tensors(saved: Saved) -> Tensors:

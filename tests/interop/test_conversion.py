@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, Self
@@ -85,6 +87,23 @@ def test_transformers_answers_as_the_golden_models_do(tmp_path: Path, name: str)
     for dtype in ("keep", "bf16"):  # AutoModelForCausalLM answers within 2e-5 and 0.1, or this raises
         done = run(tmp_path / "native", tmp_path / dtype, to="hf", dtype=dtype)
         assert done.remarks[-1].startswith("AutoModelForCausalLM: largest logit difference")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["plain", "tied"])
+def test_what_transformers_saves_again_is_read_again(tmp_path: Path, shape: str) -> None:
+    save(tmp_path / "m", **SHAPES[shape])
+    run(tmp_path / "m", tmp_path / "hf", to="hf")
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM as M\n"
+        "M.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[2], max_shard_size='40KB')"
+    )
+    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", program, str(tmp_path / "hf"), str(tmp_path / "again")]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    run(tmp_path / "again", tmp_path / "back")
+    assert same(stored(tmp_path / "back"), stored(tmp_path / "m"))
 
 
 @needs_golden
@@ -399,6 +418,13 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "small/t", tmp_path / "out", r"the tokenizer has 264 ids, the model 200 rows")
     (tmp_path / "m/byte_tokenizer.json").write_text('{"kind": "bytes", "reserve": 3, "version": 1}\n')
     refused(tmp_path / "m", tmp_path / "out", r"byte_tokenizer\.json has sha256")
+
+
+def test_a_template_that_is_a_link_is_not_copied(tmp_path: Path) -> None:
+    transformers_directory(tmp_path, 1)
+    (tmp_path / "secret").write_text("of someone else")
+    (tmp_path / "t/chat_template.jinja").symlink_to(tmp_path / "secret")
+    refused(tmp_path / "t", tmp_path / "out", r"chat_template\.jinja leads out of .*; expected the file itself")
 
 
 def test_a_tied_matrix_that_differs_is_refused(tmp_path: Path) -> None:

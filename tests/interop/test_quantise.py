@@ -105,7 +105,7 @@ def test_the_file_of_int8_is_half_that_of_bf16_and_int4_less(tmp_path: Path) -> 
 def test_a_quantised_model_is_not_trained_merged_or_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megalodon.checkpoint import adapter_files
     from megalodon.model.adapters import inject
-    from megalodon_cli import checkpoints
+    from megalodon_cli import checkpoints, profile_request
 
     save(tmp_path / "m")
     run(tmp_path / "m", tmp_path / "q", quantisation=KINDS["int8"], verify=False)
@@ -114,6 +114,8 @@ def test_a_quantised_model_is_not_trained_merged_or_exported(tmp_path: Path, mon
         run(tmp_path / "q", tmp_path / "out")
     with pytest.raises(InputError, match=said.format("exported again")):
         save_model(load_model(tmp_path / "q"), tmp_path / "out", None, {})
+    with pytest.raises(InputError, match=said.format("profiled")):
+        profile_request._target(str(tmp_path / "q"), "cpu", "auto")
     with pytest.raises(InputError, match=said.format("trained")):
         checkpoints.weights(str(tmp_path / "q"))
     adapted = load_model(tmp_path / "m")
