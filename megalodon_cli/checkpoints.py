@@ -30,8 +30,27 @@ class Weights(NamedTuple):
 
 def weights(given: str) -> Weights:
     """Return the verified weights of CKPT. Raises: InputError or CheckpointError for what is missing or damaged."""
-    from megalodon.checkpoint.store import read_json, step_path, verify_step
     from megalodon.checkpoint.tensors import load_language_model, read_model_info
+    from megalodon.model.quantised import refuse_quantised
+
+    if (saved := step_of(given)) is not None:
+        return _of_step(saved)
+    directory = model_directory(given)
+    if (directory / "adapter_config.json").is_file():
+        merge = f"megalodon convert {directory} DIR --merge"
+        raise InputError(f"{given}: {directory} is an adapter; expected a model, merge it first", merge)
+    info = read_model_info(directory)
+    model = load_language_model(directory)
+    refuse_quantised(model, directory, "trained")
+    return Weights(model.state_dict(), str(directory), info.get("tokenizer_sha256"))
+
+
+def step_of(given: str) -> "Saved | None":
+    """Return the verified step that RUN@1200 or RUN@best names, or the newest one of a run that has no model yet.
+
+    Raises: InputError or CheckpointError for what is missing or damaged.
+    """
+    from megalodon.checkpoint.store import read_json, step_path, verify_step
     from megalodon.training.rollback import newest_of_run, read_rollbacks
 
     name, at, step = given.rpartition("@")
@@ -40,18 +59,13 @@ def weights(given: str) -> Weights:
         if step != "best" and not step.isdecimal():
             raise InputError(f"{given}: expected a step or `best` behind the @, such as {name}@1200")
         number = int(step) if step.isdecimal() else int(read_json(run / "checkpoints/best")["step"])
-        return _of_step(verify_step(step_path(run / "checkpoints", number)))
+        return verify_step(step_path(run / "checkpoints", number))
     for place in (Path(given), RUNS / given):
         if (place / "run.json").is_file() and not _result(place):
             saved, _ = newest_of_run(place / "checkpoints", read_rollbacks(place))
             if saved:
-                return _of_step(saved)
-    directory = model_directory(given)
-    if (directory / "adapter_config.json").is_file():
-        merge = f"megalodon convert {directory} DIR --merge"
-        raise InputError(f"{given}: {directory} is an adapter; expected a model, merge it first", merge)
-    info = read_model_info(directory)
-    return Weights(load_language_model(directory).state_dict(), str(directory), info.get("tokenizer_sha256"))
+                return saved
+    return None
 
 
 def _run_of(name: str) -> Path:

@@ -119,8 +119,10 @@ def _target(given: str | None, device: str, backend: str) -> Target:
         raise InputError(f"{error}; nor a recipe{f': did you mean {near[0]}?' if near else ''}") from None
     from megalodon.checkpoint.tensors import load_model
     from megalodon.model.megalodon import Megalodon
+    from megalodon.model.quantised import refuse_quantised
 
     weights = load_model(directory)
+    refuse_quantised(weights, directory, "profiled")
 
     def made() -> Megalodon:
         model = Megalodon(weights.config, backend=backend)  # type: ignore[arg-type]

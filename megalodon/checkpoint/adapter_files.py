@@ -1,4 +1,4 @@
-"""Adapter directories in peft's layout, with what they belong to; and a base model with its adapter merged.
+"""Adapter directories in peft's layout, with what they belong to; and the model that one stands for.
 
     adapter_config.json         as peft writes it
     adapter_model.safetensors   base_model.model.layers.0.mega.wz.lora_A.weight …
@@ -7,12 +7,11 @@
     tokenizer files, chat_template.jinja, chat.json
 
 Only safetensors and JSON are read: an adapter_model.bin is refused, whatever peft would do with it.
-Not here: adapters in a model (model/adapters.py).
+Not here: adapters in a model (model/adapters.py), a merged model as a directory (interop/conversion.py).
 """
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megalodon.checkpoint.store import check_files, check_space, describe_file, read_json, staged, write_json
-from megalodon.checkpoint.tensors import load_model, read_model_info, save_model
+from megalodon.checkpoint.tensors import load_model, read_model_info
 from megalodon.errors import CheckpointError, EnvironmentFault
 from megalodon.model.adapters import (
     LoraConfig,
@@ -34,6 +33,7 @@ from megalodon.model.adapters import (
     set_adapter_tensors,
 )
 from megalodon.model.megalodon import Megalodon
+from megalodon.model.quantised import refuse_quantised
 
 FORMAT = "megalodon/adapter/1"
 CONFIG, WEIGHTS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "megalodon.json"
@@ -150,7 +150,12 @@ def read_lora_config(directory: Path) -> LoraConfig:
 
 
 def load_adapter(directory: Path, base: Path | None = None) -> Megalodon:
-    """Build the model of an adapter directory, its adapter merged into its base, on the CPU.
+    """Build the model of an adapter directory, its adapter merged into its base, on the CPU; see `load_adapted`."""
+    return merged(load_adapted(directory, base))
+
+
+def load_adapted(directory: Path, base: Path | None = None) -> Megalodon:
+    """Build the model of an adapter directory, its adapter beside the matrices of its base, on the CPU.
 
     Args:
         base: the model directory it belongs to; None takes the recorded one.
@@ -172,25 +177,7 @@ def load_adapter(directory: Path, base: Path | None = None) -> Megalodon:
             shape = tuple(tensor.shape)
             raise CheckpointError(f"{directory}: {name} is {shape}, but {CONFIG} says r {config.r}")
     model = load_model(place)
+    refuse_quantised(model, place, "given an adapter")
     inject(model, config, seed=0)
     set_adapter_tensors(model, tensors, str(directory / WEIGHTS))
-    return merged(model)
-
-
-def merge_adapter(adapter: Path, target: Path, base: Path | None = None) -> None:
-    """Write the base of an adapter with the adapter merged, as a model directory with its tokenizer and template.
-
-    Raises: what `load_adapter` and `save_model` raise.
-    """
-    info = read_adapter_info(adapter)
-    model = load_adapter(adapter, base)
-    own = {CONFIG, WEIGHTS, ABOUT}
-
-    def beside(aside: Path) -> None:
-        for name in info["files"]:
-            if name not in own:
-                shutil.copyfile(adapter / name, aside / name)
-
-    kept = {key: value for key, value in info.items() if key not in ("format", "files", "base", "weights_sha256")}
-    merged_from = {"base": info["base"]["weights_sha256"], "adapter": info["files"][WEIGHTS]["sha256"]}
-    save_model(model, target, beside, {**kept, "merged_from": merged_from})
+    return model

@@ -50,6 +50,22 @@ class Form(NamedTuple):
     dtype: str
     """As PyTorch spells it, without `torch.`."""
 
+    @property
+    def num_values(self) -> int:
+        """Values of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.num_values * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
     def __str__(self) -> str:
         return f"{self.dtype} {self.shape}"
 
@@ -61,6 +77,8 @@ class Box(NamedTuple):
     name: str
     offsets: tuple[int, ...]
     form: Form
+    position: int = 0
+    """The byte of the file at which it begins."""
 
 
 def form_of(tensor: Tensor) -> Form:
@@ -148,18 +166,19 @@ def read_boxes(path: Path, num_tensors: int) -> list[Box]:
                 raise CheckpointError(f"{path} has {size:,} bytes and a header of {length:,}; it was cut off")
             if length > limit:
                 raise CheckpointError(f"{path}: its header has {length:,} bytes; expected at most {limit:,}")
-            header = json.loads(file.read(length), object_pairs_hook=_once)
+            header = json.loads(file.read(length), object_pairs_hook=only_once)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header cannot be read: {error}") from error
     try:
-        return _boxes(path, header, size - 8 - length, num_tensors)
+        return _boxes(path, header, 8 + length, size - 8 - length, num_tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is none of safetensors: {error!r}") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON of its pairs. Raises: ValueError for a name that stands in it twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -167,7 +186,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _boxes(path: Path, header: dict[str, Any], num_bytes: int, num_tensors: int) -> list[Box]:
+def _boxes(path: Path, header: dict[str, Any], start: int, num_bytes: int, num_tensors: int) -> list[Box]:
     places = json.loads(header.pop("__metadata__", {}).get(_PLACES, "{}"))
     if len(header) > num_tensors:
         raise CheckpointError(f"{path} holds {len(header):,} tensors; expected at most {num_tensors:,}")
@@ -181,7 +200,7 @@ def _boxes(path: Path, header: dict[str, Any], num_bytes: int, num_tensors: int)
             raise ValueError(f"{name} is {entry} at {offsets}")
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(f"{path}: {name} is {entry['dtype']} {shape} in {end - begin:,} bytes")
-        found.append(Box(path, name, offsets, Form(shape, str(dtype).removeprefix("torch."))))
+        found.append(Box(path, name, offsets, Form(shape, str(dtype).removeprefix("torch.")), start + begin))
         spans.append((begin, end, name))
     at = 0
     for begin, end, name in sorted(spans):

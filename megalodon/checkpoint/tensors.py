@@ -1,7 +1,8 @@
 """Model directories: a model with its tokenizer, as files that are verified before anything is built from them.
 
-    config.json         {"model_type": "megalodon", …the fields of ModelConfig}
-    model.safetensors   float32, under the names of the state dict; a tied output matrix stands in it twice
+    config.json         {"model_type": "megalodon", …the fields of ModelConfig}; transformers' own keys in an export
+    model.safetensors   under the names of the state dict, float32, matrices perhaps bfloat16; a tied output matrix
+                        stands in it twice. Or shards and an index (weight_files.py), or integers (quantised.py)
     megalodon.json      format, weights_sha256, tokenizer_sha256, recipe digest, scores; size and hash of every file
     tokenizer files     as the tokenizer writes them
 
@@ -11,23 +12,35 @@ Code in a model directory is never run, nothing is unpickled. Not here: checkpoi
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalodon.checkpoint.store import check_files, check_space, describe_file, read_json, staged, write_json
-from megalodon.checkpoint.tensor_files import read_boxes
+from megalodon.checkpoint.weight_files import (
+    WEIGHTS,
+    open_weights,
+    tensors_in_memory,
+    weight_paths,
+    weights_sha256,
+    write_weights,
+)
+from megalodon.config import Config
 from megalodon.errors import CheckpointError, EnvironmentFault
 from megalodon.model.architectures import LanguageModel, LanguageModelConfig, with_weights
 from megalodon.model.llama import LlamaConfig
 from megalodon.model.megalodon import Megalodon, ModelConfig
+from megalodon.model.quantised import Quantisation, assign_quantised, refuse_quantised
+from megalodon.model.weights import assign_weights
 
 FORMAT = "megalodon/model/1"
-WEIGHTS = "model.safetensors"
+C = TypeVar("C", bound=Config)
+OF_TRANSFORMERS = {"architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id"}
+OF_TRANSFORMERS |= {"tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
+"""Keys of config.json that transformers writes and reads, and that say nothing of the function."""
 _TENSORS = 60
 """More than a block and all outside the blocks have between them."""
 
@@ -45,6 +58,7 @@ def save_model(
     Raises:
         EnvironmentFault: too little disk space, or a file could not be written; nothing is left behind.
     """
+    refuse_quantised(model, "the model", "exported again")
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         value = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
@@ -57,12 +71,22 @@ def save_model(
             if tokenizer_save:
                 tokenizer_save(aside)
             write_json(aside / "config.json", _config_json(model.config))
-            save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-            files = {path.name: describe_file(path) for path in sorted(aside.iterdir())}
-            about = {"format": FORMAT, **meta, "weights_sha256": files[WEIGHTS]["sha256"], "files": files}
-            write_json(aside / "megalodon.json", about)
+            finish_directory(aside, write_weights(aside, tensors_in_memory(tensors)), meta)
     except (OSError, SafetensorError) as error:
         raise EnvironmentFault(f"{directory} could not be written: {error}") from error
+
+
+def finish_directory(aside: Path, weights: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
+    """Write megalodon.json into a directory that is otherwise whole.
+
+    Args:
+        weights: size and hash of each file of weights, as `write_weights` returned them.
+        meta:    what it records besides format and hashes.
+    """
+    paths = [path for path in sorted(aside.iterdir()) if path.is_file() and path.name != "megalodon.json"]
+    files = {path.name: weights.get(path.name) or describe_file(path) for path in paths}
+    about = {"format": FORMAT, **meta, "weights_sha256": weights_sha256(weights), "files": files}
+    write_json(aside / "megalodon.json", about)
 
 
 def read_model_info(path: str | Path) -> dict[str, Any]:
@@ -77,6 +101,11 @@ def read_model_info(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} {kind}; expected a model directory with config.json and {WEIGHTS}")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} is not a model directory: config.json is missing")
+    if not (directory / "megalodon.json").exists():
+        raise CheckpointError(
+            f"{directory / 'megalodon.json'} is missing; expected a model directory that megalodon wrote",
+            f"a directory that transformers saved: megalodon convert {directory} DIR",
+        )
     info = read_json(directory / "megalodon.json")
     if info.get("format") != FORMAT:
         raise CheckpointError(
@@ -111,21 +140,34 @@ def load_language_model(path: str | Path) -> LanguageModel:
     directory = Path(path)
     info = read_model_info(directory)
     files = info.get("files")
-    if not isinstance(files, dict) or WEIGHTS not in files:
-        raise CheckpointError(f"{directory / 'megalodon.json'} does not list {WEIGHTS}; save the model again")
     config = _read_any_config(directory)
     try:
-        read_boxes(directory / WEIGHTS, _TENSORS * config.num_layers)  # before anything of its size is allocated
-        tensors = load_file(directory / WEIGHTS)
+        weights = open_weights(directory, _TENSORS * config.num_layers)  # before anything of its size is allocated
+        unlisted = [
+            path.name for path in weight_paths(directory) if not isinstance(files, dict) or path.name not in files
+        ]
+        if unlisted:
+            raise CheckpointError(f"{directory / 'megalodon.json'} does not list {unlisted[0]}; save the model again")
+        tensors = {name: weights.read(name) for name in weights.forms}
     except CheckpointError:
-        check_files(directory, files)
+        check_files(directory, files)  # says more where a file is damaged: which, and which size it had
         raise
-    except (SafetensorError, OSError) as error:
-        check_files(directory, files)  # says more than the library does: which file, which size
-        raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error
     # Before the hashes: this names tensors, where a hash only differs.
-    model = with_weights(config, tensors, str(directory / WEIGHTS))
+    source = str(weight_paths(directory)[0])
+    quantisation = read_quantisation(directory)
+    model: LanguageModel
+    if quantisation is not None and isinstance(config, ModelConfig):
+        model = _quantised(config, tensors, quantisation, source)
+    else:
+        model = with_weights(config, tensors, source)
     check_files(directory, files)
+    return model
+
+
+def _quantised(config: ModelConfig, tensors: Mapping[str, Tensor], how: Quantisation, source: str) -> Megalodon:
+    with torch.device("meta"):
+        model = Megalodon(config)
+    assign_weights(model, assign_quantised(model, tensors, how, source), source)
     return model
 
 
@@ -152,11 +194,23 @@ def read_config(directory: Path) -> ModelConfig:
     fields = read_json(path)
     if (kind := fields.pop("model_type", None)) != "megalodon":
         raise CheckpointError(f'{path} has model_type {json.dumps(kind)}; expected "megalodon"')
+    fields = {key: value for key, value in fields.items() if key not in OF_TRANSFORMERS | {"quantisation"}}
     if unknown := sorted(fields.keys() - ModelConfig.model_fields.keys()):
         known = ", ".join(ModelConfig.model_fields)
         raise CheckpointError(f"{path} has unknown keys: {', '.join(unknown)}; known are {known}")
+    return _validated(ModelConfig, fields, path)
+
+
+def read_quantisation(directory: Path) -> Quantisation | None:
+    """Read from config.json how the matrices are held; None if they are plain. Raises: CheckpointError."""
+    path = directory / "config.json"
+    fields = read_json(path).get("quantisation")
+    return None if fields is None else _validated(Quantisation, fields, path)
+
+
+def _validated(kind: type[C], fields: Any, path: Path) -> C:
     try:
-        return ModelConfig.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
         raise CheckpointError(f"{path}: {faults}") from None

@@ -78,7 +78,10 @@ def _without(
     if gone.all():
         return None
     binary, index = (source / file["name"] for file in entry["files"])
-    tokens, bounds = np.memmap(binary, dtype=token_dtype(vocab_size), mode="r"), np.load(index, mmap_mode="r")
+    tokens, bounds = (
+        np.memmap(binary, dtype=token_dtype(vocab_size), mode="r"),
+        np.load(index, mmap_mode="r", allow_pickle=False),
+    )
     shard = ShardFile(target, entry["name"], entry["source"], vocab_size)
     try:
         for number in np.flatnonzero(~gone).tolist():

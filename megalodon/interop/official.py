@@ -1,6 +1,7 @@
-"""Weights under the names of the released implementation -> our model. Not here: its checkpoint files.
+"""Options and weights under the names of the released implementation -> our model.
 
-Our state dict has the same names, so this is a strict check and an assignment.
+Our state dict has the same names, so this is a strict check and an assignment. Not here: its checkpoint files
+(official_files.py).
 """
 
 from collections.abc import Mapping
@@ -31,12 +32,22 @@ def from_reference(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         CheckpointError: an option is unknown or illegal; a tensor is missing, unexpected, of another shape, or a prior
             with a count other than 0. The message names each.
     """
-    try:
-        model_config = ModelConfig.model_validate({k: v for k, v in config.items() if k not in IGNORED_OPTIONS})
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(f"model options: {problems}") from None
     with torch.device("meta"):
-        model = Megalodon(model_config)
+        model = Megalodon(read_options(config, "model options"))
     assign_weights(model, tensors, "reference weights")
     return model
+
+
+def read_options(config: Mapping[str, Any], source: str) -> ModelConfig:
+    """Return our configuration for the options of the released one.
+
+    Args:
+        source: where they come from, for messages.
+    Raises:
+        CheckpointError: an option is unknown or illegal; the message names each.
+    """
+    try:
+        return ModelConfig.model_validate({k: v for k, v in config.items() if k not in IGNORED_OPTIONS})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
+        raise CheckpointError(f"{source}: {problems}") from None

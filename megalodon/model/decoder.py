@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megalodon.model.megalodon import Block, Megalodon
+from megalodon.model.quantised import num_quantised
 from megalodon.model.row_product import Scratch, row_product
 from megalodon.model.state import LayerState, State
 from megalodon.model.timestep_norm import TimestepNorm
@@ -28,7 +29,7 @@ from megalodon_kernels import Backend, Statistics
 from megalodon_kernels.decode import attention_step, norm_cema_step, norm_step
 
 PACK_LIMIT = 1 << 32
-"""Bytes of parameters up to which a CPU copies the matrices into faster layouts."""
+"""Bytes of parameters, quantised ones as float32, up to which a CPU copies the matrices into faster layouts."""
 
 
 class Decoder:
@@ -195,7 +196,7 @@ class _Constants:
         # Roundings of millions of steps must not add up in the state: on a CPU float64 costs little.
         cpu, matrix = model.device.type == "cpu", model.output_weight
         self.wide = torch.float64 if cpu else torch.promote_types(matrix.dtype, torch.float32)
-        pack = sum(p.numel() * p.element_size() for p in model.parameters()) <= PACK_LIMIT
+        pack = sum(p.numel() * p.element_size() for p in model.parameters()) + 4 * num_quantised(model) <= PACK_LIMIT
         with torch.inference_mode():
             self.embed = model.embed.weight.detach()
             places = torch.arange(model.config.chunk_size, device=model.device)[:, None]
@@ -245,10 +246,10 @@ class _BlockConstants:
         self.z_floor = mega.gamma.new_tensor(math.sqrt(self.z_scale.shape[-1] * mega.eps))
         self.value, self.hidden_2 = row_product(mega.wv, pack=pack), row_product(mega.wh2, pack=pack)
         from_m = mega.wz, mega.wr, mega.wh1
-        self.from_m, self.widths = row_product(*from_m, pack=pack), [len(x.weight) for x in from_m]
+        self.from_m, self.widths = row_product(*from_m, pack=pack), [x.out_features for x in from_m]
         weight, bias = nffn.norm.weight, nffn.norm.bias
         self.layer_norm = (D,), None if weight is None else 1 + weight, bias, nffn.norm.eps
-        self.swiglu, self.halves = nffn.fc3 is not None, [len(nffn.fc1.weight)] * 2
+        self.swiglu, self.halves = nffn.fc3 is not None, [nffn.fc1.out_features] * 2
         self.first = row_product(*([nffn.fc1] if nffn.fc3 is None else [nffn.fc1, nffn.fc3]), pack=pack)
         self.second = row_product(nffn.fc2, pack=pack)
         self.alpha = nffn.alpha

@@ -89,3 +89,57 @@ class Linear(nn.Linear):
         # As a matrix, whatever the order in memory: the product takes x with features first as it lies.
         y: Tensor = linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
         return y
+
+
+class QuantisedLinear(Float32Module):
+    """x Wᵀ + b, W = integers · scales (out, in); the integers never change.
+
+    Args:
+        integers: (out, in) int8, or (out, ⌈in/2⌉) uint8 that hold two int4 each.
+        scale:    (out, groups) float32; 1 group a row in int8.
+        bias:     (out,) or None.
+        in_features: in.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, integers: Tensor, scale: Tensor, bias: Tensor | None, in_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, len(integers)
+        for name, value in (("integers", integers), ("scale", scale), ("bias", bias)):
+            self.register_buffer(name, value, persistent=False)  # a state dict holds what can be trained
+
+    @property
+    def num_parameters(self) -> int:
+        """Values it stands for, the bias among them."""
+        return self.in_features * self.out_features + (0 if self.bias is None else self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix as it acts, (out, in) float32; formed at each use."""
+        return dequantised(self.integers, self.scale, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y: Tensor = linear(x.reshape(-1, x.shape[-1]), self.weight.to(x.dtype))
+        y = y if self.bias is None else y + self.bias.to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+
+def dequantised(integers: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    """Integers and scales -> the matrix they stand for, (out, in_features) float32."""
+    whole = integers if integers.dtype == torch.int8 else unpacked(integers)[:, :in_features]
+    groups = scale.shape[1]
+    if groups == 1:
+        return whole * scale
+    matrix: Tensor = (whole.unflatten(1, (groups, -1)) * scale[..., None]).flatten(1)
+    return matrix
+
+
+def unpacked(halves: Tensor) -> Tensor:
+    """(out, bytes) uint8 -> (out, 2 · bytes) int8 of -8 … 7."""
+    both = torch.stack([halves << 4, halves], dim=2).flatten(1)
+    signed: Tensor = both.view(torch.int8) >> 4  # the sign comes along
+    return signed

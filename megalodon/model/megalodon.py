@@ -18,7 +18,7 @@ from megalodon.config import Config
 from megalodon.model.attention import ChunkAttention, Place, Rotary, document_positions
 from megalodon.model.cema import Cema
 from megalodon.model.feed_forward import FeedForward
-from megalodon.model.layers import Embedding, Float32Module, Linear, RMSNorm
+from megalodon.model.layers import Embedding, Float32Module, Linear, QuantisedLinear, RMSNorm
 from megalodon.model.state import LayerState, State
 from megalodon.model.timestep_norm import TimestepNorm
 from megalodon_kernels import Backend, qk_rope, swiglu
@@ -292,8 +292,9 @@ class Megalodon(nn.Module):
         return self.embed.weight.device
 
     def num_parameters(self) -> int:
-        """Parameters, a tied matrix once."""
-        return sum(p.numel() for p in self.parameters())
+        """Parameters, a tied matrix once, quantised ones too."""
+        held = sum(module.num_parameters for module in self.modules() if isinstance(module, QuantisedLinear))
+        return held + sum(p.numel() for p in self.parameters())
 
     def empty_state(self, batch_size: int) -> State:
         """The state of `batch_size` rows that have read nothing."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,38 @@ _PRIORS = ("prior_count", "prior_mean", "prior_logv")
 def is_buffer(name: str) -> bool:
     """Whether a name of the state dict is one of the released buffers, which a file may lack."""
     return name == "rope.freqs" or name.endswith(_PRIORS)
+
+
+class Misfits(NamedTuple):
+    """What is wrong with a set of tensors for a model, one entry a tensor."""
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+    """`NAME is (24, 12), expected (12, 24)`."""
+
+    def lines(self) -> list[str]:
+        """All of it, for a message."""
+        return [f"missing {n}" for n in self.missing] + [f"unexpected {n}" for n in self.unexpected] + self.mismatched
+
+
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> Misfits:
+    """Compare names, shapes and dtypes with the state dict of a model; buffers may be absent.
+
+    Args:
+        expected: the state dict.
+        found:    name -> shape and dtype.
+    """
+    missing = [name for name in expected if name not in found and not is_buffer(name)]
+    unexpected = [name for name in found if name not in expected]
+    mismatched = []
+    for name in [name for name in expected if name in found]:
+        shape, dtype = found[name]
+        if tuple(shape) != tuple(expected[name].shape):
+            mismatched.append(f"{name} is {tuple(shape)}, expected {tuple(expected[name].shape)}")
+        elif expected[name].is_floating_point() and not dtype.is_floating_point:
+            mismatched.append(f"{name} is {dtype}, expected a float type")
+    return Misfits(missing, unexpected, mismatched)
 
 
 @torch.no_grad()
@@ -35,15 +68,9 @@ def assign_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str)
             differs from the embedding, or a prior has a count other than 0. The message names each.
     """
     expected = model.state_dict()
-    problems = [f"missing {name}" for name in expected if name not in tensors and not is_buffer(name)]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    for name in expected.keys() & tensors.keys():
-        if tensors[name].shape != expected[name].shape:
-            found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
-            problems.append(f"{name} is {found}, expected {wanted}")
-        elif not name.endswith("prior_count") and not tensors[name].is_floating_point():
-            problems.append(f"{name} is {tensors[name].dtype}, expected a float type")
-        elif name.endswith("prior_count") and int(tensors[name]) != 0:
+    problems = misfits(expected, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}).lines()
+    for name in [name for name in tensors if name.endswith("prior_count") and name in expected]:
+        if tensors[name].numel() == 1 and int(tensors[name]) != 0:
             problems.append(f"{name} is {int(tensors[name])}; a language model has no prior, expected 0")
     tied = model.config.share_emb
     if tied and not problems and not torch.equal(tensors["embed.weight"], tensors["output.output.weight"]):

@@ -1,51 +1,210 @@
-"""`megalodon convert`: an adapter merged into its base.
+"""`megalodon convert`: a model from one form into another, proven equal; or a look at what a directory holds.
 
-Not here: how (megalodon/checkpoint/adapter_files.py).
+Not here: which directory SRC is (conversion_source.py), reading, writing and proof (megalodon/interop).
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from megalodon.errors import InputError
-from megalodon_cli import checkpoints, console
+from megalodon.errors import CheckFailed, InputError
+from megalodon_cli import checkpoints, console, conversion_source
+
+if TYPE_CHECKING:
+    from megalodon.interop.conversion import Conversion, Options
+    from megalodon.interop.sources import Source
+
+FORMATS = ("native", "hf", "ref")
+INT4_GROUP = 64
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="An adapter directory, such as runs/chat/adapter.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The model directory that is written.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="A run, RUN@1200, RUN@best, a model, an adapter, a released checkpoint."),
+    ],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="The directory that is written.", show_default=False)
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="native|hf|ref",
+            help="Ours, Hugging Face transformers, or the released implementation.",
+            rich_help_panel="Output",
+        ),
+    ] = "native",
+    dtype: Annotated[
+        Literal["keep", "fp32", "bf16"],
+        typer.Option("--dtype", help="Of the matrices; norms and CEMA stay float32.", rich_help_panel="Output"),
+    ] = "keep",
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="Of the largest file.", rich_help_panel="Output")
+    ] = "2GB",
+    quantize: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option("--quantize", help="Hold the matrices as small integers.", rich_help_panel="Output"),
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Leave the proof out; the result says so.", rich_help_panel="Output")
+    ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the base with the adapter merged.", rich_help_panel="Model")
     ] = False,
     base: Annotated[
         Path | None,
-        typer.Option(metavar="CKPT", help="The base model, if it is not where it was.", rich_help_panel="Model"),
+        typer.Option(
+            metavar="CKPT", help="The base of an adapter, if it is not where it was.", rich_help_panel="Model"
+        ),
     ] = None,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Only show what SRC holds, and what does not fit.", rich_help_panel="Run")
+    ] = False,
 ) -> None:
-    """Write an adapter and its base as one model, which needs neither of them.
+    """Write a model in another form, and prove that it is still the same one.
 
     Examples:
 
+        megalodon convert quickstart quickstart-hf --to hf
+
         megalodon convert runs/finetune-lora/adapter runs/finetune-lora/model --merge
 
-        megalodon convert runs/finetune-lora/adapter chat-model --merge --base runs/quickstart/model
-
-        megalodon convert runs/finetune-lora/adapter chat-model --merge --json
+        megalodon convert --inspect quickstart --json
     """
-    from megalodon.checkpoint.adapter_files import is_adapter, merge_adapter
-    from megalodon.checkpoint.tensors import read_model_info
+    if to not in FORMATS:
+        known = f"expected one of {', '.join(FORMATS)}"
+        raise InputError(
+            f"--to {to}: " + ("GGUF has no Megalodon architecture; use --to hf" if to == "gguf" else known)
+        )
+    base_directory = base and checkpoints.model_directory(str(base))
+    if inspect:
+        if target is not None:
+            raise InputError(f"--inspect writes nothing, but DST is {target}; expected SRC alone")
+        with conversion_source.open_given(source, base_directory, verify=False) as found:
+            _show(found)
+        return
+    if target is None:
+        raise InputError(f"{source}: DST is missing; expected megalodon convert SRC DST, or --inspect SRC")
+    options = _options(to, dtype, shard_size, quantize, verify=not no_verify)
+    with conversion_source.open_given(source, base_directory) as found:
+        _check_places(found, target, merge=merge, base=base)
+        _convert(found, target, options)
 
-    if not is_adapter(source):
-        raise InputError(f"{source}: not an adapter directory (no adapter_config.json); expected RUN/adapter")
-    if not merge:
-        raise InputError(f"{source} is an adapter; expected --merge, which writes it and its base as one model")
+
+def _options(to: Any, dtype: Any, shard_size: str, quantize: Any, *, verify: bool) -> "Options":
+    from megalodon.config import parse_bytes
+    from megalodon.interop.conversion import Options
+    from megalodon.model.quantised import Quantisation
+
+    try:
+        size = int(str(parse_bytes(shard_size)))
+    except ValueError as error:
+        raise InputError(f"--shard-size: {error}") from None
+    if size < 1:
+        raise InputError(f"--shard-size {shard_size}: expected at least a byte")
+    held = None if quantize is None else Quantisation(kind=quantize, group_size=INT4_GROUP)
+    return Options(to, dtype, size, held, verify)
+
+
+def _check_places(source: "Source", target: Path, *, merge: bool, base: Path | None) -> None:
+    """Raises: InputError: DST is taken, or an adapter and --merge do not come together."""
+    from megalodon.interop.sources import ADAPTER
+
+    if source.kind == ADAPTER and not merge:
+        raise InputError(f"{source.path} is an adapter; expected --merge, which writes it and its base as one model")
+    if source.kind != ADAPTER and (merge or base is not None):
+        option = "--merge" if merge else "--base"
+        raise InputError(f"{option}: {source.path} is a {source.kind}; expected an adapter, such as RUN/adapter")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} already exists; choose another directory or remove it")
-    merge_adapter(source, target, base and checkpoints.model_directory(str(base)))
-    info = read_model_info(target)
-    console.result(
-        f"{target}: {info['merged_from']['base'][:8]} with adapter {info['merged_from']['adapter'][:8]} merged"
+
+
+def _convert(source: "Source", target: Path, options: "Options") -> None:
+    from megalodon.checkpoint.store import read_json
+    from megalodon.interop.conversion import convert as write
+
+    console.info(f"{source.path}: {source.kind}, {source.config.num_parameters():,} parameters")
+    with console.Progress() as live:
+        done = write(source, target, options, lambda text: live.update(text, keep=False))
+    info = read_json(target / "megalodon.json")
+    console.result(f"{target}: {done.num_bytes / 1e9:.3f} GB of weights, {_how(source, options)}")
+    console.result(f"  parity: {_parity(done)}")
+    for remark in done.remarks:
+        console.note(remark)
+    for line in _next(target, options):
+        console.result(f"  {line}")
+    merged = info.get("merged_from", {}) if "merged_from" in source.info else {}
+    console.document(
+        "convert",
+        {
+            "model": str(target),
+            "kind": source.kind,
+            "to": options.to,
+            **merged,
+            "weights_sha256": info["weights_sha256"],
+            "bytes": done.num_bytes,
+            "parity": None if done.parity is None else done.parity.row(),
+            "remarks": done.remarks,
+        },
     )
-    console.result(f"  next: megalodon generate {target} -p TEXT")
-    console.document("convert", {"model": str(target), **info["merged_from"], "weights_sha256": info["weights_sha256"]})
+
+
+def _how(source: "Source", options: "Options") -> str:
+    merged = source.info.get("merged_from") if source.adapted is not None else None
+    if merged:
+        return f"{merged['base'][:8]} with adapter {merged['adapter'][:8]} merged"
+    if options.quantisation is not None:
+        return f"matrices as {options.quantisation.kind}"
+    return f"--to {options.to}" + ("" if options.dtype == "keep" else f", {options.dtype}")
+
+
+def _parity(done: "Conversion") -> str:
+    found = done.parity
+    if found is None:
+        return "not checked (--no-verify)"
+    if not found.tokens:
+        return "every tensor equal bit by bit; too large to be run as a whole"
+    if not found.largest:
+        return f"equal bit by bit, {found.tokens:,} tokens"
+    return (
+        f"largest logit difference {found.largest:.3g} (logits to {found.scale:.3g}), top-1 agreement "
+        f"{found.agreement:.2%} of {found.tokens:,} tokens, first layer that differs {found.first_layer}"
+    )
+
+
+def _next(target: Path, options: "Options") -> list[str]:
+    """The lines that load the result."""
+    if options.to == "ref":
+        return [
+            f"next: megalodon.reloading.reload_model({str(target)!r}), with the released code, from inside {target}"
+        ]
+    lines = [f"next: megalodon generate {target} -p TEXT"]
+    if options.to == "hf":
+        lines.append(f'AutoModelForCausalLM.from_pretrained("{target}", trust_remote_code=True)')
+        lines.append(f'AutoTokenizer.from_pretrained("{target}")')
+    return lines
+
+
+def _show(source: "Source") -> None:
+    """Print what a source holds. Raises: CheckFailed if its tensors do not fit its configuration."""
+    from megalodon.interop.conversion import describe
+
+    found = describe(source)
+    console.result(f"{found['path']}: {found['kind']}")
+    options = ", ".join(f"{key} {value}" for key, value in found["config"].items())
+    console.result(f"  config     {options}")
+    if found["quantisation"]:
+        console.result(f"  quantised  {found['quantisation']['kind']}")
+    console.result(f"  beside     {', '.join(found['beside']) or 'no tokenizer of ours'}")
+    values = ", ".join(f"{count:,} {dtype}" for dtype, count in found["values"].items())
+    console.result(f"  tensors    {found['num_tensors']:,}, {found['bytes']:,} bytes: {values}")
+    console.result(f"  parameters {found['parameters']:,}")
+    console.table([["name", "shape", "dtype"]] + [[t["name"], str(t["shape"]), t["dtype"]] for t in found["tensors"]])
+    for kind in ("missing", "unexpected", "mismatched"):
+        console.result(f"  {kind:10} {', '.join(found[kind]) or 'none'}")
+    console.document("convert", found)
+    wrong = sum(len(found[kind]) for kind in ("missing", "unexpected", "mismatched"))
+    if wrong and not console.wants_json():
+        raise CheckFailed(f"{source.path}: {wrong} tensors do not fit its configuration")

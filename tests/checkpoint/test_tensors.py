@@ -12,7 +12,8 @@ from factories import random_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from megalodon.checkpoint.store import describe_file
-from megalodon.checkpoint.tensors import load_model, read_model_info, save_model
+from megalodon.checkpoint.tensors import finish_directory, load_model, read_model_info, save_model
+from megalodon.checkpoint.weight_files import tensors_in_memory, write_weights
 from megalodon.errors import CheckpointError, EnvironmentFault
 from megalodon.model.megalodon import ModelConfig
 
@@ -138,6 +139,66 @@ def test_a_damaged_directory_is_refused_in_one_line(saved: Path, damage: str) ->
     with pytest.raises(CheckpointError, match=said) as caught:
         load_model(saved)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    directory = tmp_path / "shards"
+    state = {name: tensor.detach() for name, tensor in tiny_model(torch.float32).state_dict().items()}
+    directory.mkdir()
+    config = {"model_type": "megalodon", **tiny_config().model_dump(mode="json")}
+    (directory / "config.json").write_text(json.dumps(config))
+    finish_directory(directory, write_weights(directory, tensors_in_memory(state), 10_000), {"step": 7})
+    return directory
+
+
+SECOND = "model-00002-of-00007.safetensors"
+SHARD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda d: (d / SECOND).unlink(), rf"{SECOND} is missing"),
+    "cut off": (lambda d: os.truncate(d / SECOND, 900), rf"{SECOND} has 900 bytes; [\d,]+ were written"),
+    "flipped": (lambda d: flip(d / SECOND), rf"{SECOND} has sha256 \w+…; \w+… was written"),
+    "index changed": (
+        lambda d: edit(d, "model.safetensors.index.json", metadata={"total_size": 1}),
+        r"index\.json has [\d,]+ bytes",
+    ),
+    "no index": (lambda d: (d / "model.safetensors.index.json").unlink(), r"index\.json is missing"),
+    "not listed": (lambda d: edit(d, "megalodon.json", files={}), r"megalodon\.json does not list model-00001-of"),
+    "traversal": (
+        lambda d: edit(d, "model.safetensors.index.json", weight_map={"embed.weight": "../saved.safetensors"}),
+        r"index\.json has [\d,]+ bytes; [\d,]+ were written",
+    ),
+}
+
+
+def test_a_sharded_directory_gives_the_same_model(sharded: Path) -> None:
+    tokens = random_tokens(1, 23)
+    assert torch.equal(load_model(sharded)(tokens)[0], tiny_model(torch.float32)(tokens)[0])
+    shards = sorted(path.name for path in sharded.glob("model-*"))
+    assert len(shards) == 7 and shards[1] == SECOND
+    assert all(path.stat().st_size <= 10_000 + 2_000 for path in sharded.glob("model-*"))
+    files = read_model_info(sharded)["files"]
+    assert {*shards, "model.safetensors.index.json"} <= files.keys()
+    assert files[SECOND] == describe_file(sharded / SECOND), "hashed while it was written"
+
+
+@pytest.mark.parametrize("damage", SHARD_DAMAGE)
+def test_a_damaged_shard_is_refused_in_one_line(sharded: Path, damage: str) -> None:
+    harm, said = SHARD_DAMAGE[damage]
+    harm(sharded)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        load_model(sharded)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_precision_is_widened(sharded: Path, tmp_path: Path) -> None:
+    narrow = {name: tensor.detach() for name, tensor in tiny_model(torch.float32).bfloat16().state_dict().items()}
+    place = tmp_path / "narrow"
+    place.mkdir()
+    (place / "config.json").write_bytes((sharded / "config.json").read_bytes())
+    finish_directory(place, write_weights(place, tensors_in_memory(narrow)), {})
+    found = load_model(place)
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    assert all(torch.equal(t, narrow[n].to(t.dtype)) for n, t in found.state_dict().items())
 
 
 def test_what_is_no_directory_is_named(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from factories import random_starts, random_tokens, tiny_config, tiny_model
 
-from megalodon.checkpoint.adapter_files import load_adapter, merge_adapter, read_adapter_info, save_adapter
+from megalodon.checkpoint.adapter_files import load_adapter, read_adapter_info, save_adapter
 from megalodon.checkpoint.tensors import load_model, read_model_info, save_model
-from megalodon.errors import CheckpointError, EnvironmentFault, InputError
+from megalodon.errors import CheckFailed, CheckpointError, EnvironmentFault, InputError
+from megalodon.interop.conversion import Options, convert
+from megalodon.interop.sources import open_source
 from megalodon.model.adapters import (
     TARGETS,
     LoraConfig,
@@ -150,9 +152,28 @@ def test_a_saved_adapter_gives_back_its_model(saved: Path, tmp_path: Path) -> No
     assert read_adapter_info(saved)["base"]["path"] == "../../base"
     (tmp_path / "run").rename(tmp_path / "moved")
     assert torch.equal(load_adapter(tmp_path / "moved/adapter")(tokens)[0], expected(tokens)[0])
-    merge_adapter(tmp_path / "moved/adapter", tmp_path / "whole")
+    with open_source(tmp_path / "moved/adapter") as source:
+        done = convert(source, tmp_path / "whole", Options())
     assert torch.equal(load_model(tmp_path / "whole")(tokens)[0], expected(tokens)[0])
     assert read_model_info(tmp_path / "whole")["merged_from"].keys() == {"base", "adapter"}
+    assert done.remarks[-1].startswith("base and adapter: largest logit difference"), "merged = beside"
+
+
+def test_a_merge_that_is_another_function_is_refused(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halved(model: Megalodon) -> Megalodon:
+        plain = merged(model)
+        plain.get_parameter("layers.1.nffn.fc1.weight").data *= 1.001
+        return plain
+
+    monkeypatch.setattr("megalodon.interop.sources.merged", halved)
+    with (
+        open_source(saved) as source,
+        pytest.raises(CheckFailed, match="parity: base and adapter: largest logit difference"),
+    ):
+        convert(source, tmp_path / "whole", Options())
+    assert not (tmp_path / "whole").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
