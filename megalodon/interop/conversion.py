@@ -218,7 +218,7 @@ def _verify(
             back, found = open_weights(aside, 2 * len(written.forms)), read_config(aside)
         if found != config:
             raise CheckFailed(f"parity: the configuration came back as another one: {found!r}")
-        differ = [name for name in written.forms.keys() | back.forms.keys() if not _same(written, back, name)]
+        differ = [name for name in {**written.forms, **back.forms} if not _same(written, back, name)]
         if differ:
             raise CheckFailed(
                 f"parity: {len(differ)} tensors came back with other values: {', '.join(sorted(differ)[:5])}"

@@ -42,7 +42,11 @@ def test_few_tensors_are_in_memory_at_a_time(
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--no-verify"], [], ["--to", "ref", "--and-back"]], ids=" ".join)
 def test_resident_memory_does_not_grow_with_the_model(tmp_path: Path, options: list[str]) -> None:
-    """Two layers of the 200M model and twelve: 205 MB against 880 MB of weights, of which the largest has 131 MB."""
+    """Two layers of the 200M model and twelve: 366 MB against 882 MB of weights, of which the largest has 131 MB.
+
+    From run to run the allocator keeps up to 200 MB of tensors of 8 to 10 MB that were freed, fewer than are mapped by
+    themselves (32 MB); so the bound is two of the largest tensor, half of what the weights grow by.
+    """
     peaks = []
     for layers in ("2", "12"):
         command = [sys.executable, str(BENCHMARK), "--folder", str(tmp_path), "--preset", "mega200M"]
@@ -51,4 +55,4 @@ def test_resident_memory_does_not_grow_with_the_model(tmp_path: Path, options: l
         rows = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
         assert rows and all(row["exit_code"] == 0 for row in rows), found.stderr
         peaks.append(max(row["peak_rss_gb"] for row in rows))
-    assert peaks[1] < peaks[0] + 0.15
+    assert peaks[1] < peaks[0] + 2 * 0.131
