@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megalodon.errors import NumericalError
 from megalodon.evaluation.continuations import after
 from megalodon.evaluation.corpus import Tokens
 from megalodon.evaluation.reading import Reader
@@ -132,8 +131,7 @@ def answer(model: LanguageModel, tokens: Tokens, sample: Sample, how: How) -> tu
     with torch.inference_mode(), evaluating(model):
         last = reader.last(torch.from_numpy(sample.ids)[None])
         ids = [tokens.tokenizer.encode_array(text, False).tolist() for text in (sample.answer, *sample.others)]
-        right, *wrong = after(reader, last, ids, tokens.tokenizer.vocab_size)
-    if not all(math.isfinite(found.nats) for found in (right, *wrong)):
-        raise NumericalError("a log-probability is not finite; the weights are damaged, or their products too large")
+        rows = 1 if reader.window else CANDIDATES
+        right, *wrong = after(reader, last, ids, tokens.tokenizer.vocab_size, rows)
     rank = 1 + sum(found.nats >= right.nats for found in wrong)
     return tokens.tokenizer.decode(right.likeliest), rank, right.greedy

@@ -43,7 +43,8 @@ def difference(model: str, scores: Scores, against: str, others: Scores) -> Diff
         )
     if not scores.bytes or not others.bytes:
         return None
-    own, other = scores.units(), others.units()
+    joined = max(scores.joined, others.joined)
+    own, other = scores.units(joined), others.units(joined)
     keys = sorted(own.keys() | other.keys())  # a tokenizer may have no token that begins in a block
     a, b = (np.array([units.get(key, Block())[:2] for key in keys], dtype=np.float64) for units in (own, other))
     found = bootstrap.difference(a[:, 0] / math.log(2), a[:, 1], b[:, 0] / math.log(2), b[:, 1])

@@ -43,7 +43,7 @@ class Window(NamedTuple):
     document: str
     start: int
     """Number of its first token in the document."""
-    ids: Int64s
+    ids: NDArray[np.int32]
     """(longest + target,): context, then the window."""
 
 
@@ -86,7 +86,7 @@ def choose(corpus: Corpus, tokens: Tokens, longest: int, target: int, count: int
         if number in chosen:
             ids = document.ids()[around:]
             for start in chosen[number]:
-                windows.append(Window(document.name, start, ids[start - longest : start + target].copy()))
+                windows.append(Window(document.name, start, ids[start - longest : start + target].astype(np.int32)))
     return Choice(tuple(windows), target, longest, len(slots))
 
 
@@ -126,10 +126,9 @@ class Use(NamedTuple):
         return [float(bits) / total if total else None for bits in sums]
 
     def used(self) -> int:
-        """The largest length that is better than the one before it beyond chance; the first length if none is."""
-        return max(
-            [self.lengths[0], *(n for n, step in zip(self.lengths[1:], self.steps(), strict=True) if step.high < 0)]
-        )
+        """The largest length that is better than every shorter one beyond chance; the first length if none is."""
+        columns = range(len(self.lengths))
+        return max(n for k, n in enumerate(self.lengths) if all(self._less(k, s).high < 0 for s in columns[:k]))
 
     def hurt(self) -> tuple[int, ...]:
         """Lengths that are worse than the one before them beyond chance."""
@@ -138,7 +137,7 @@ class Use(NamedTuple):
     def document(self) -> dict[str, Any]:
         """As JSON."""
         to_reset, steps = self.over(0), [None, *self.steps()]
-        to_first = self.over(1) if len(self.lengths) > 1 else to_reset
+        to_first = self.over(1)
         rows = zip(self.lengths, self.loss(), self.bits_per_byte(), strict=True)
         return {
             "windows": len(self.losses),
@@ -190,7 +189,7 @@ def measure(
         for k, length in enumerate(lengths):
             for first in range(0, len(choice.windows), rows):
                 group = choice.windows[first : first + rows]
-                ids = np.stack([window.ids[choice.longest - length :] for window in group])
+                ids = np.stack([window.ids[choice.longest - length :] for window in group]).astype(np.int64)
                 if tokens.bos:
                     ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=tokens.tokenizer.bos_id)
                 reader, parts = Reader(model, len(group), how.norm_stats, how.piece, bf16=how.bf16), list[Tensor]()

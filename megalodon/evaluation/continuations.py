@@ -5,6 +5,7 @@ Several continuations of one long context share a reading of it. So batches chan
 Not here: whole documents (scoring.py), lm-evaluation-harness, which asks for these (harness_model.py).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
+from megalodon.errors import NumericalError
 from megalodon.evaluation.reading import Reader
 from megalodon.evaluation.scoring import How
 from megalodon.inference.session import evaluating
@@ -56,14 +58,15 @@ def likelihoods(
         num_classes: ids of the tokenizer; rows of the output matrix above get no probability.
         rows:        pairs read side by side; 1 under the norm policy `window`.
         told:        told the number of pairs done, now and then.
+    Raises: NumericalError for a log-probability that is not finite.
     """
     found, done = dict[int, Likelihood](), 0
     rows = 1 if how.norm_stats == "window" else rows
     with torch.inference_mode(), evaluating(model):
         for group in _groups(pairs, rows):
-            scored = (_branched if len({pairs[n].context for n in group}) == 1 and len(group) > 1 else _padded)(
-                model, [pairs[number] for number in group], num_classes, how
-            )
+            own = [pairs[number] for number in group]
+            shared = len(own) > 1 and len({pair.context for pair in own}) == 1
+            scored = _branched(model, own, num_classes, how, rows) if shared else _padded(model, own, num_classes, how)
             found |= zip(group, scored, strict=True)
             done += len(group)
             told(done)
@@ -84,21 +87,29 @@ def _groups(pairs: Sequence[Pair], rows: int) -> Iterator[list[int]]:
     yield from (alone[start : start + rows] for start in range(0, len(alone), rows))
 
 
-def _branched(model: LanguageModel, pairs: Sequence[Pair], num_classes: int, how: How) -> list[Likelihood]:
+def _branched(model: LanguageModel, pairs: Sequence[Pair], num_classes: int, how: How, rows: int) -> list[Likelihood]:
     """Read the context that all have in common, then the continuations from there."""
     reader = Reader(model, 1, how.norm_stats, how.piece, bf16=how.bf16)
     last = reader.last(torch.tensor(pairs[0].context)[None])
-    return after(reader, last, [pair.continuation for pair in pairs], num_classes)
+    return after(reader, last, [pair.continuation for pair in pairs], num_classes, rows)
 
 
-def after(reader: Reader, last: Tensor, continuations: Sequence[Sequence[int]], num_classes: int) -> list[Likelihood]:
-    """Score continuations of what a reader of one row has read; it stays where it is.
+def after(
+    reader: Reader, last: Tensor, continuations: Sequence[Sequence[int]], num_classes: int, rows: int
+) -> list[Likelihood]:
+    """Score continuations of what a reader of one row has read, so many side by side; it stays where it is.
 
     Args:
         last: (1, 1, D) hidden values of the last token that was read.
+        rows: 1 under the norm policy `window`, whose statistics are those of one row.
     """
-    if reader.window and len(continuations) > 1:  # its statistics are those of one row
-        return [found for own in continuations for found in after(reader, last, [own], num_classes)]
+    groups = (continuations[start : start + rows] for start in range(0, len(continuations), rows))
+    return [found for group in groups for found in _together(reader, last, group, num_classes)]
+
+
+def _together(
+    reader: Reader, last: Tensor, continuations: Sequence[Sequence[int]], num_classes: int
+) -> list[Likelihood]:
     ids = torch.from_numpy(_in_rows(continuations))
     hidden = torch.cat([last.expand(len(ids), -1, -1), *(h for _, h in reader.branch(len(ids)).read(ids[:, :-1]))], 1)
     return [
@@ -137,6 +148,8 @@ def _scored(model: LanguageModel, hidden: Tensor, ids: Tensor, num_classes: int)
     """(n, D) hidden values before each of n ids -> the log-probability of all of them."""
     logits = linear(hidden, model.output_weight.to(hidden.dtype))[:, :num_classes]
     logits, ids = logits.to(torch.promote_types(logits.dtype, torch.float32)), ids.to(logits.device)
-    nats = logits.log_softmax(1).gather(1, ids[:, None]).double().sum()
+    nats = float(logits.log_softmax(1).gather(1, ids[:, None]).double().sum())
+    if not math.isfinite(nats):
+        raise NumericalError("a log-probability is not finite; the weights are damaged, or their products too large")
     likeliest = logits.argmax(1)
-    return Likelihood(float(nats), bool((likeliest == ids).all()), tuple(likeliest.tolist()))
+    return Likelihood(nats, bool((likeliest == ids).all()), tuple(likeliest.tolist()))

@@ -9,13 +9,14 @@ Not here: how a model answers (harness_model.py).
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from megalodon.errors import EnvironmentFault, InputError
 from megalodon.evaluation.harness_model import HarnessModel
@@ -44,6 +45,7 @@ class Index:
         missing = [name for name in names if _is_file(name) and not Path(name).is_file()]
         if missing:
             raise InputError(f"--tasks: {missing[0]}: no such file; expected the YAML of a task")
+        self._files = {name: _read(name) for name in names if _is_file(name)}
         self._metadata = dict(metadata)
         self._manager = TaskManager(include_path=self._folder, include_defaults=False, metadata=self._metadata)
         if any(name not in self._manager.task_index for name in names if not _is_file(name)):
@@ -55,13 +57,31 @@ class Index:
 
     def remote(self) -> list[str]:
         """Data sets that may have to be fetched, as far as the tasks name them."""
-        found = dict[str, None]()
+        seen, found = set[str](), dict[str, None]()
         for name in self.names:
-            entry = None if _is_file(name) else self._manager.task_index[name]
-            config = (entry.cfg or {}) if entry else {}
-            if entry is not None and config.get("dataset_path") not in LOCAL:
-                found[str(config.get("dataset_path") or name)] = None
-        return list(found)
+            found |= dict.fromkeys(self._data(name, seen))
+        return [path for path in found if path not in LOCAL and not Path(path).exists()]
+
+    def _data(self, task: str | Mapping[str, Any], seen: set[str]) -> Iterator[str]:
+        """Data sets of a task, or of all in a group or under a tag; of a task in Python, which may fetch anything, its
+        name."""
+        name = task if isinstance(task, str) else str(task.get("task"))
+        entry = self._manager.task_index.get(task) if isinstance(task, str) else None
+        config = task if isinstance(task, Mapping) else self._files.get(task) or (entry.cfg if entry else None) or {}
+        inside = config.get("task")
+        if entry is not None and entry.cfg is None:
+            inside = sorted(entry.tags)
+        elif isinstance(task, Mapping) and isinstance(inside, str):
+            inside = [inside]
+        if path := config.get("dataset_path"):
+            yield str(path)
+        elif isinstance(inside, list):
+            for one in inside:
+                if not isinstance(one, str) or one not in seen:
+                    seen.add(str(one))
+                    yield from self._data(one, seen)
+        else:
+            yield name
 
     def load(self, num_fewshot: int | None, seed: int, *, offline: bool) -> Tasks:
         """Load all tasks with their data.
@@ -86,11 +106,23 @@ class Index:
         return Tasks(loaded, tuple(cutting))
 
     def _fault(self, error: Exception, offline: bool) -> EnvironmentFault | InputError:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
+        said = _said(error)
         if remote := self.remote():
             why = "which needs the network, and --offline forbids it" if offline else "which could not be fetched"
             return EnvironmentFault(f"tasks {', '.join(self.names)} need {', '.join(remote)}, {why}: {said}")
         return InputError(f"--tasks {', '.join(self.names)}: cannot be loaded: {said}")
+
+
+def _read(name: str) -> Mapping[str, Any]:
+    """A YAML file with what it includes; no Python function that it names is imported. Raises: InputError."""
+    try:
+        return dict(load_yaml(name, resolve_func=False))
+    except Exception as error:
+        raise InputError(f"--tasks {name}: cannot be loaded: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _is_file(name: str) -> bool:

@@ -7,10 +7,12 @@ Imported only where the extra `eval` is there. Not here: which tasks, and their 
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from megalodon.errors import InputError
 from megalodon.evaluation.continuations import Pair, likelihoods
@@ -102,7 +104,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         """The ids of a text, without BOS: it is put before what is read, once."""
         tokenizer = self.writer.tokenizer
         ids, place = list[int](), 0
-        for mark in _MARK.finditer(string):
+        for mark in _MARK.finditer(string) if self.chatting else ():
             ids += tokenizer.encode_array(string[place : mark.start()], not ids and not place).tolist()
             ids.append(int(mark[1]))
             place = mark.end()
@@ -112,6 +114,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
     def tok_decode(self, tokens: Sequence[int]) -> str:
         """The text of ids."""
         return self.writer.tokenizer.decode(tokens)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The harness's division: spaces at the context's end belong to the continuation, both are tokenised as one.
+
+        Where a token would reach across the border, it would drop what the token holds of the continuation: there each
+        side is tokenised by itself.
+        """
+        before, whole = context.rstrip(), self.tok_encode(context + continuation)
+        first = self.tok_encode(before)
+        if not first:  # white space alone: the text begins with it
+            return [self.prefix_token_id], whole
+        if whole[: len(first)] == first and len(whole) > len(first):
+            return first, whole[len(first) :]
+        rest = context[len(before) :] + continuation
+        return first, self.writer.tokenizer.encode_array(rest, False).tolist()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy) of every continuation."""
@@ -148,7 +165,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Write a text after every context, up to one of its `until`. Raises: InputError for options of a task that
         are not known here, so that none is ignored."""
-        prompts = [self._prompt(*request.args[:2]) for request in requests]
+        asked = Counter[int]()  # a task asks the same several times to draw several texts
+        prompts = []
+        for request in requests:
+            context, options = request.args[:2]
+            prompts.append(self._prompt(context, options, asked[id(request)]))
+            asked[id(request)] += 1
         order = sorted(range(len(prompts)), key=lambda n: (prompts[n].max_new_tokens, len(prompts[n].ids)))
         texts = write(
             self.writer,
@@ -161,21 +183,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         found = dict(zip(order, texts, strict=True))
         return [found[number] for number in range(len(prompts))]
 
-    def _prompt(self, context: str, options: dict[str, Any]) -> Prompt:
-        rest = dict(options)
-        until = rest.pop("until", None) or []
-        until = [until] if isinstance(until, str) else list(until)
-        tokens = [rest.pop(name) for name in ("max_gen_toks", "max_tokens", "max_new_tokens") if name in rest]
-        sampled, heat = rest.pop("do_sample", False), rest.pop("temperature", None)
+    def _prompt(self, context: str, options: dict[str, Any], number: int = 0) -> Prompt:
+        """What is to be written, for the how manieth time: the seed of its draws."""
+        rest = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
+        until, limit = rest.pop("until"), rest.pop("max_gen_toks")
+        sampled, heat = rest.pop("do_sample"), float(rest.pop("temperature", 1.0))
         top_k, top_p = rest.pop("top_k", 0), rest.pop("top_p", 1.0)
         if rest:
             raise InputError(
                 f"a task asks for {', '.join(sorted(rest))} in writing; known: until, max_gen_toks, "
                 "do_sample, temperature, top_k, top_p"
             )
-        hot = sampled and heat != 0
-        sampling = SamplingConfig(1.0 if heat is None else float(heat), int(top_k), float(top_p)) if hot else GREEDY
-        limit = int(tokens[0]) if tokens else MAX_NEW_TOKENS
+        sampling = SamplingConfig(heat, int(top_k), float(top_p), seed=number) if sampled else GREEDY
         return Prompt(self._begun(self.tok_encode(context)), limit, tuple(text for text in until if text), sampling)
 
     def _begun(self, ids: Sequence[int]) -> list[int]:

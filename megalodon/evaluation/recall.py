@@ -19,15 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 from megalodon.data.builtin import generated_texts
-from megalodon.errors import InputError
+from megalodon.errors import DataError, InputError
 from megalodon.evaluation.corpus import Corpus, Int64s, Tokens
 from megalodon.evaluation.listops import grow
 
 CANDIDATES = 10
 """Answers among which the right one is to be the likeliest: chance is one in so many."""
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-HAYSTACK_BYTES = 8 << 20
-"""Of real text that is held, at most."""
+HAYSTACK = 8 << 20
+"""Tokens of a document of real text that are held, and characters of all, at most."""
 _WIDTH = 120
 """Characters after which a line of real text is cut at a space."""
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
@@ -184,20 +184,26 @@ DEPTHLESS = frozenset({"listops"})
 
 
 def haystack(corpus: Corpus | None, tokens: Tokens) -> list[str]:
-    """Lines of real text, cut at spaces where they are long; made-up sentences without a corpus."""
+    """Lines of real text, cut at spaces where they are long; made-up sentences without a corpus.
+
+    Raises: DataError for a corpus without text.
+    """
     held, size = list[str](), 0
     texts = generated_texts() if corpus is None else _texts(corpus, tokens)
-    for text in texts:
-        held += _lines(text)
-        size += len(text)
-        if size >= HAYSTACK_BYTES:
+    for line in itertools.chain.from_iterable(map(_lines, texts)):
+        held.append(line)
+        size += len(line)
+        if size >= HAYSTACK:
             break
+    if corpus is not None and not held:
+        raise DataError(f"{corpus.name} holds no text; expected some, in which a needle can be hidden")
     return held
 
 
 def _texts(corpus: Corpus, tokens: Tokens) -> Iterator[str]:
     for document in corpus.documents(tokens):
-        yield tokens.tokenizer.decode(itertools.chain.from_iterable(piece.tolist() for piece in document.pieces()))
+        ids = itertools.chain.from_iterable(piece.tolist() for piece in document.pieces())
+        yield tokens.tokenizer.decode(itertools.islice(ids, HAYSTACK))
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -137,7 +137,7 @@ def _differences(found: Sequence[Document], models: Sequence[Document]) -> Table
 def _verdict(found: Document) -> str:
     change, names = found["bits_per_byte"], (found["model"], found["against"])
     if change["low"] is None:
-        return f"{names[0]} and {names[1]}: of one unit of text no interval can be drawn"
+        return f"{names[0]} and {names[1]}: of {found['units']:,} {found['drawn']} no interval is drawn"
     if change["low"] <= 0 <= change["high"]:
         return f"{names[0]} and {names[1]} differ by no more than chance: {_change(change)} bits/byte"
     better, worse = names if change["value"] < 0 else names[::-1]
@@ -202,10 +202,12 @@ def _used(name: str, found: Document, seq_len: int | None) -> Iterator[str]:
 def _beyond(model: Document) -> Iterator[str]:
     """How the loss goes on beyond the training length: a line through its buckets, by their tokens."""
     seq_len, buckets = model.get("seq_len"), model["quick"]["by_position"]
+    if not seq_len:
+        return
     beyond = [
-        (math.log2(int(end)), own["loss"], own["tokens"]) for end, own in buckets.items() if int(end) > (seq_len or 0)
+        (math.log2(int(end)), own["loss"], own["tokens"]) for end, own in buckets.items() if int(end) >= 2 * seq_len
     ]
-    if not seq_len or len(beyond) < 2:
+    if len(beyond) < 2:
         return
     total = sum(weight for *_, weight in beyond)
     x, y = (sum(row[k] * row[2] for row in beyond) / total for k in (0, 1))

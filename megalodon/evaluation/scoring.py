@@ -58,6 +58,8 @@ class Vocabulary:
         spaces = [[byte in _SPACES for byte in text] for text in texts]
         self.size = tokenizer.vocab_size
         self.bytes: Int64s = np.array([len(text) for text in texts])
+        self.put_before = int(self.bytes[tokenizer.encode_array("a")].sum()) - 1
+        """Bytes that the tokenizer puts before a text: 1 where it begins each with a space."""
         self.begins_word = np.array([bool(s) and not s[0] for s in spaces])
         self.ends_word = np.array([not s or s[-1] for s in spaces])
         """Whether a word may begin behind it; special ids stand between words."""
@@ -116,14 +118,17 @@ class Scores(NamedTuple):
         """What the bootstrap draws."""
         return "documents" if self.documents >= MANY_DOCUMENTS else f"blocks of {BLOCK_BYTES:,} bytes"
 
-    def units(self) -> dict[Any, Block]:
-        """Sums of what the bootstrap draws; neighbours are drawn together where there are very many."""
+    @property
+    def joined(self) -> int:
+        """Neighbouring documents or blocks that are drawn together, where there are very many."""
         if self.documents >= MANY_DOCUMENTS:
-            size = -(-self.documents // MOST_UNITS)
-            keys: Iterable[Any] = (document // size for document, _ in self.blocks)
-        else:
-            size = 1 + self.bytes // (BLOCK_BYTES * MOST_UNITS)
-            keys = ((document, block // size) for document, block in self.blocks)
+            return -(-self.documents // MOST_UNITS)
+        return 1 + self.bytes // (BLOCK_BYTES * MOST_UNITS)
+
+    def units(self, joined: int | None = None) -> dict[Any, Block]:
+        """Sums of what the bootstrap draws."""
+        size, many = joined or self.joined, self.documents >= MANY_DOCUMENTS
+        keys: Iterable[Any] = (d // size if many else (d, block // size) for d, block in self.blocks)
         found: dict[Any, Block] = {}
         for key, block in zip(keys, self.blocks.values(), strict=True):
             found[key] = _plus(found.get(key, Block()), block)
@@ -143,7 +148,7 @@ class Scores(NamedTuple):
         return self._bits(3) if self.words else None
 
     def _bits(self, over: int) -> Interval:
-        columns = _columns(block for block in self.units().values() if block[over] or block.nats)
+        columns = _columns(self.units().values())
         return bootstrap.ratio(columns[0] / math.log(2), columns[over])
 
     def document(self) -> dict[str, Any]:
@@ -185,6 +190,8 @@ class _Part(NamedTuple):
 
     inputs: Int64s
     targets: Int64s
+    sizes: Int64s
+    """Bytes of the document's text that the target stands for."""
     starts: NDArray[np.bool_]
     documents: Int64s
     offsets: Int64s
@@ -219,30 +226,27 @@ class _Scoring:
 
     def __init__(self, model: LanguageModel, tokens: Tokens, how: How, told: Told) -> None:
         self.model, self.how, self.told = model, how, told
-        self.vocabulary, self.around = Vocabulary(tokens.tokenizer), int(tokens.bos) + int(tokens.eos)
+        self.vocabulary, self.bos, self.around = Vocabulary(tokens.tokenizer), tokens.bos, tokens.bos + tokens.eos
         self.documents = self.tokens_read = self.bytes = self.tokens = 0
         self.blocks: dict[tuple[int, int], Block] = {}
         self.positions: dict[int, tuple[float, int]] = {}
 
     def parts(self, number: int, document: Document) -> Iterator[_Part]:
         """A document as inputs and targets: its last id is no input, its first no target."""
-        last, offset, position, table = np.empty(0, dtype=np.int64), 0, 0, self.vocabulary.bytes
+        last, read, end = np.empty(0, dtype=np.int64), 0, 0
         self.documents += 1
         for piece in document.pieces():
-            self.tokens_read += len(piece)
-            ids = np.concatenate([last, piece])
-            if not len(last) and len(ids):
-                offset = int(table[ids[0]])
-            inputs, targets, last = ids[:-1], ids[1:], ids[-1:]
-            if not len(targets):
-                continue
-            sizes = table[targets]
-            ends = offset + np.cumsum(sizes)
-            positions = position + 1 + np.arange(len(targets))
+            ids, sizes = np.concatenate([last, piece]), self.vocabulary.bytes[piece]
+            places = read + np.arange(len(piece))
+            sizes = sizes - np.where(places == int(self.bos), self.vocabulary.put_before, 0)
+            ends = end + np.cumsum(sizes)
             # What stands for no text, such as the end of it, belongs to the text before.
             offsets = np.maximum(ends - np.maximum(sizes, 1), 0)
-            yield _Part(inputs, targets, positions == 1, np.full(len(targets), number), offsets, positions)
-            offset, position = int(ends[-1]), int(positions[-1])
+            own = slice(int(not read), None)  # all but the first of the document
+            numbers = np.full(len(ids[1:]), number)
+            yield _Part(ids[:-1], ids[1:], sizes[own], places[own] == 1, numbers, offsets[own], places[own])
+            last, read, end = ids[-1:], read + len(piece), int(ends[-1]) if len(ends) else end
+        self.tokens_read += read
 
     def read(self, parts: Iterable[_Part]) -> None:
         """Score a row of documents, one after the other."""
@@ -260,11 +264,10 @@ class _Scoring:
     def _add(self, part: _Part, losses: Floats) -> None:
         if not np.isfinite(losses).all():
             raise NumericalError("a loss is not finite; the weights are damaged, or their products too large")
-        sizes = self.vocabulary.bytes[part.targets]
         words = self.vocabulary.words(part.inputs, part.targets)
         places = np.stack([part.documents, part.offsets // BLOCK_BYTES], 1)
         keys, which = np.unique(places, axis=0, return_inverse=True)
-        columns = [np.bincount(which.ravel(), x) for x in (losses, sizes, np.ones(len(losses)), words)]
+        columns = [np.bincount(which.ravel(), x) for x in (losses, part.sizes, np.ones(len(losses)), words)]
         for (document, block), nats, *counts in zip(keys.tolist(), *columns, strict=True):
             own = Block(float(nats), *map(int, counts))
             self.blocks[document, block] = _plus(self.blocks.get((document, block), Block()), own)
@@ -273,16 +276,17 @@ class _Scoring:
         for bucket in np.flatnonzero(tokens).tolist():
             nats, count = self.positions.get(1 << bucket, (0.0, 0))
             self.positions[1 << bucket] = (nats + float(sums[bucket]), count + int(tokens[bucket]))
-        self.bytes += int(sizes.sum())
+        self.bytes += int(part.sizes.sum())
         self.tokens += len(losses)
 
     def scores(self, corpus: Corpus) -> Scores:
         """What was found. Raises: DataError for nothing to score, CheckFailed if tokens are missing."""
         text = self.tokens_read - self.around * self.documents
-        if text < 2:
+        if text < 2 or not self.tokens:
+            place = f"in {self.documents} documents" if text > 1 else "of text"
             raise DataError(
-                f"{corpus.name} holds {text} token{'s' * (text != 1)} of text; expected at least 2: there is nothing "
-                "to score"
+                f"{corpus.name} holds {text} token{'s' * (text != 1)} {place}; expected at least 2 of a document: "
+                "there is nothing to score"
             )
         if self.tokens + self.documents != self.tokens_read:
             raise CheckFailed(

@@ -1,5 +1,7 @@
 """Equal models do not differ; different ones by what their scores differ by, also with different tokenizers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,16 +9,16 @@ from byte_texts import TOKENS, byte_model, text, write
 from factories import tiny_model
 
 from megalodon.data.tokenizer import train_sentencepiece
-from megalodon.evaluation import bootstrap
+from megalodon.evaluation import bootstrap, scoring
 from megalodon.evaluation.compare import context_difference, difference
 from megalodon.evaluation.context import choose, measure
 from megalodon.evaluation.corpus import Tokens, files
-from megalodon.evaluation.scoring import How, score
+from megalodon.evaluation.scoring import Block, How, Scores, score
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return files(write(tmp_path_factory.mktemp("texts") / "t", *(text(400, seed) for seed in range(4))))
+    return files(write(tmp_path_factory.mktemp("texts") / "t", *(text(200, seed) for seed in range(8))))
 
 
 def test_equal_models_differ_by_exactly_nothing(corpus):
@@ -53,7 +55,7 @@ def test_models_with_other_tokenizers_are_paired_by_text(corpus):
     assert found is not None and found.units == len(own.blocks)
     expected = other.bits_per_byte().value - own.bits_per_byte().value
     assert found.bits_per_byte.value == pytest.approx(expected, rel=1e-9)
-    for key, block in own.blocks.items():  # a token lies in the block that its last byte is in
+    for key, block in own.blocks.items():  # a token lies in the block that its first byte is in
         assert abs(block.bytes - other.blocks[key].bytes) < 30
 
 
@@ -76,6 +78,35 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 def test_the_standard_error_of_a_mean_is_that_of_the_textbook():
     values = np.random.default_rng(1).normal(size=400)
     assert bootstrap.mean(values).error == pytest.approx(values.std(ddof=1) / 20, rel=0.06)
+
+
+def test_blocks_are_joined_alike_though_one_tokenizer_has_a_byte_more(corpus):
+    """At the border of MOST_UNITS one model would join two blocks and the other none."""
+    nats = {(0, n): Block(1000.0 * (n % 2), 1000, 900, 100) for n in range(40)}
+    more = Scores(nats | {(0, 39): Block(1000, 1001, 900, 100)}, {}, 1, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "MOST_UNITS", 13)
+        patch.setattr(scoring, "BLOCK_BYTES", 3077)  # 40,001 bytes together
+        own = Scores(nats, {}, 1, 0)
+        assert own.joined != more.joined
+        found = difference("a", own, "b", more)
+    assert found is not None and abs(found.bits_per_byte.high) < 1e-3 > abs(found.bits_per_byte.low)
+
+
+def test_no_interval_is_drawn_of_five_units_which_all_lie_on_one_side_by_chance():
+    assert math.isnan(bootstrap.mean(np.arange(1.0, 6)).high)
+    assert bootstrap.mean(np.arange(1.0, 6)).error > 0
+    assert bootstrap.mean(np.arange(1.0, 7)).excludes_zero()
+    few = bootstrap.difference(np.ones(5), np.ones(5), np.zeros(5), np.ones(5))
+    assert few.value == 1 and not few.excludes_zero()
+
+
+def test_a_draw_without_any_words_gives_no_interval_and_no_warning():
+    words = np.array([1.0, 0, 0, 0, 0, 0, 0])
+    interval = bootstrap.ratio(np.ones(7), words)
+    assert interval.document() == {"value": 7, "low": None, "high": None, "error": None}
+    found = bootstrap.difference(np.ones(7), words, np.ones(7), words)
+    assert found.value == 0 and math.isnan(found.low)
 
 
 def test_of_one_unit_nothing_is_said():

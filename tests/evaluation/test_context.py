@@ -96,6 +96,7 @@ def made_up(*columns: float, noise: float = 0.01) -> Use:
 def test_what_is_used_is_the_last_length_that_helps_beyond_chance():
     assert made_up(3, 2, 1.9, 1.9).used() == 16
     assert made_up(3, 2, 2, 1.98).used() == 64
+    assert made_up(3, 2, 2.2, 2.1).used() == 4  # better than the length before, worse than one still shorter
     assert made_up(3, 3, 3, 3).used() == 0
     assert made_up(3, 2, 2.2, 2.2).hurt() == (16,)
     assert made_up(3, 2, 1.9, 1.9).hurt() == ()

@@ -10,14 +10,18 @@ import torch
 from byte_texts import NUM_CLASSES, TOKENIZER, TOKENS, byte_model, text
 
 from megalodon.data.chat import ChatFormat, load_template
-from megalodon.errors import InputError
+from megalodon.data.tokenizer import train_sentencepiece
+from megalodon.errors import InputError, NumericalError
 from megalodon.evaluation.continuations import SHARED, Pair, likelihoods
 from megalodon.evaluation.corpus import Tokens
 from megalodon.evaluation.scoring import How
 from megalodon.inference.session import Writer
+from megalodon.model.megalodon import Megalodon
 
 harness = pytest.importorskip("megalodon.evaluation.harness", reason="needs the extra eval")
-from megalodon.evaluation.harness_model import HarnessModel  # noqa: E402  # only where the extra is there
+from lm_eval.api.model import TemplateLM  # noqa: E402  # only where the extra is there
+
+from megalodon.evaluation.harness_model import HarnessModel  # noqa: E402
 
 DOCUMENTS = [
     {"question": f"Which letter comes after {'abcd'[n % 4]}?", "choices": ["bcd", "e", "xyz é"], "label": n % 3}
@@ -153,6 +157,51 @@ def test_likelihoods_are_those_of_whole_passes_in_any_batch_and_at_any_length(wr
             assert [own.greedy for own in found] == [greedy for _, greedy in expected]
 
 
+def test_no_more_rows_are_read_side_by_side_than_asked_for(writer, monkeypatch):
+    pairs = [Pair(tuple(begun(text(200))), tuple(TOKENIZER.encode(answer))) for answer in ("a", "bcd", "é", "x", "yy")]
+    seen, hidden = list[int](), Megalodon.hidden
+    monkeypatch.setattr(Megalodon, "hidden", lambda *given: seen.append(len(given[1])) or hidden(*given))
+    assert len(pairs[0].context) >= SHARED
+    likelihoods(writer.model, pairs, NUM_CLASSES, How(), 2)
+    assert max(seen) == 2
+
+
+def test_a_damaged_model_has_no_likelihoods():
+    damaged = byte_model()
+    with torch.no_grad():
+        damaged.output_weight[40] = math.nan
+    with pytest.raises(NumericalError, match="not finite"):
+        likelihoods(damaged, [Pair((1, 2), (3,))], NUM_CLASSES, How(), 1)
+
+
+def test_no_token_reaches_across_the_border_of_context_and_continuation():
+    """Where one would, the harness takes the context by itself and drops what the token holds of the continuation."""
+    pieces = train_sentencepiece(["abcd " * 50 + "ab cd xy " * 50], 280, 2)
+    assert len(pieces.encode("abcd")) == len(pieces.encode("ab")) == 1
+    model = HarnessModel(Writer(byte_model(), pieces, True), Tokens(pieces, True, True), How(), 2)
+    for context, continuation in (("x ab", "cd xy"), ("ab", "cd"), ("ab ", "cd"), ("x\n", "ab"), (" \n", "ab")):
+        first, rest = model._encode_pair(context, continuation)
+        assert pieces.decode([*first, *rest]) == context + continuation
+        assert pieces.decode(first) == context.rstrip()
+    assert model._encode_pair("xy ab", " cd") == TemplateLM._encode_pair(model, "xy ab", " cd")
+    assert model._encode_pair(" ", "a")[0] == [pieces.bos_id]
+
+
+def test_a_task_that_asks_the_same_again_gets_other_draws(writer, tasks):
+    given = (tasks / "writing.yaml").read_text().replace("do_sample: false", "do_sample: true") + "repeats: 3\n"
+    (tasks / "writing.yaml").write_text(given)
+    samples = run(writer, tasks, "writing", limit=2).samples()["writing"]
+    for sample in samples:
+        assert len(set(sample["resps"][0])) == 3
+    assert run(writer, tasks, "writing", rows=1, limit=2).samples()["writing"][0]["resps"] == samples[0]["resps"]
+
+
+def test_private_characters_of_a_text_are_text_unless_a_conversation_was_rendered(writer):
+    model = HarnessModel(writer, TOKENS, How(), 2)
+    given = "a \ue00099999\ue001 b"
+    assert model.tok_decode(model.tok_encode(given)) == given
+
+
 def test_a_greedy_continuation_is_told(writer):
     context = begun("abc")
     with torch.no_grad():
@@ -212,6 +261,9 @@ def test_options_of_writing_are_honoured_or_refused(writer):
     assert (prompt.stop, prompt.max_new_tokens) == (("x",), 3)
     assert (prompt.sampling.temperature, prompt.sampling.top_k) == (0.5, 4)
     assert model._prompt("abc", {"temperature": 0.7, "do_sample": False}).sampling.temperature == 0
+    assert model._prompt("abc", {"temperature": 0.7}).sampling.temperature == 0.7
+    assert model._prompt("abc", {"max_completion_tokens": 3}).max_new_tokens == 3
+    assert model._prompt("abc", {}).sampling.temperature == 0
     with pytest.raises(InputError, match="num_beams"):
         model._prompt("abc", {"num_beams": 4})
 

@@ -3,6 +3,7 @@
 import random
 import re
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import torch
 from byte_texts import TOKENIZER, TOKENS, byte_model, text, write
 
 from megalodon.data.tokenizer import train_sentencepiece
-from megalodon.errors import InputError
-from megalodon.evaluation import answers
+from megalodon.errors import DataError, InputError
+from megalodon.evaluation import answers, recall
 from megalodon.evaluation.answers import DEPTHS, Plan, answer, ask, wilson
 from megalodon.evaluation.continuations import Likelihood
-from megalodon.evaluation.corpus import Tokens, files
+from megalodon.evaluation.corpus import Document, Tokens, files
 from megalodon.evaluation.listops import MAX_ARGUMENTS, MAX_DEPTH, grow
 from megalodon.evaluation.recall import DEPTHLESS, TASKS, Material, Sample, haystack
 from megalodon.evaluation.scoring import How
@@ -136,6 +137,23 @@ def test_the_haystack_is_the_text_of_the_corpus(tmp_path):
     assert max(map(len, lines)) <= 121
 
 
+def test_of_one_large_document_only_the_beginning_is_read(monkeypatch):
+    monkeypatch.setattr(recall, "HAYSTACK", 1000)
+
+    def pieces():
+        for _ in range(6):
+            yield np.array(TOKENIZER.encode("abc def ghi\n" * 20))
+        pytest.fail("it was read to its end")
+
+    corpus = SimpleNamespace(name="c", documents=lambda tokens: [Document("d", pieces)])
+    assert len("".join(haystack(corpus, TOKENS))) == 1000
+
+
+def test_a_corpus_without_text_hides_no_needle(tmp_path):
+    with pytest.raises(DataError, match=r"holds no text; expected some, in which a needle"):
+        haystack(files(write(tmp_path / "t", " \n")), TOKENS)
+
+
 def test_too_short_a_length_is_refused():
     for task in TASKS:
         with pytest.raises(InputError, match="--lengths 3: too short"):
@@ -171,7 +189,7 @@ def test_a_model_that_recalls_is_told_from_one_that_does_not(monkeypatch):
     guessed = ask(byte_model(torch.float32), TOKENS, plan, How()).document()
     assert all(cell["exact"]["value"] == 0 for cell in guessed["cells"])
 
-    def recalled(reader, last, texts, num_classes):
+    def recalled(reader, last, texts, num_classes, rows):
         made = current[0].ids.tolist()
         return [looked_up(made, ids, num_classes) for ids in texts]
 

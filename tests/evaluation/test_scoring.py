@@ -1,18 +1,21 @@
 """Streamed scores are those of the definition: each document whole, alone, every token once."""
 
 import gzip
+import io
 import json
 import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from byte_texts import NUM_CLASSES, TOKENIZER, TOKENS, byte_model, text, write
+from factories import tiny_model
 from torch.nn.functional import cross_entropy
 
 from megalodon.data.shards import TokenDocument, write_store
-from megalodon.data.tokenizer import Tokenizer, train_sentencepiece
+from megalodon.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from megalodon.errors import DataError, InputError, NumericalError
 from megalodon.evaluation import scoring
 from megalodon.evaluation.corpus import StoreCorpus, Tokens, files
@@ -113,6 +116,29 @@ def test_without_bos_the_first_token_is_read_and_not_scored(model, tmp_path):
     assert found.words == len(given.split()) - 1
 
 
+def test_documents_of_one_token_each_hold_nothing_to_score(model, tmp_path):
+    corpus, plain = files(write(tmp_path / "t", "a", "b", "c")), Tokens(TOKENIZER, False, False)
+    with pytest.raises(DataError, match=r"holds 3 tokens in 3 documents; expected at least 2 of a document"):
+        score(model, corpus, plain, How())
+    assert score(model, corpus, TOKENS, How()).tokens == 6
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_space_that_a_tokenizer_puts_before_a_text_is_no_text(tmp_path, bos):
+    options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2}
+    lines, written = iter(text(2000, 9).split("\n")), io.BytesIO()
+    options |= {"remove_extra_whitespaces": False, "add_dummy_prefix": True, "vocab_size": 340}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=written, **options)
+    pieces = SentencePieceTokenizer(written.getvalue())  # as Llama's
+    texts = ["abc de", " two", "é", text(30)]
+    first = [pieces.token_bytes(pieces.encode(given)[0]) for given in texts]
+    assert all(piece.startswith(b" ") for piece in first)
+    own = tiny_model(vocab_size=pieces.vocab_size).eval()
+    found = score(own, files(write(tmp_path / "t", *texts)), Tokens(pieces, bos, True), How(piece=20))
+    unscored = 0 if bos else sum(len(piece) - 1 for piece in first)
+    assert found.bytes == sum(len(given.encode()) for given in texts) - unscored
+
+
 def test_words_are_counted_across_tokens_of_several_bytes():
     given = "two words  and\nmore of\tthem é é " * 8
     pieces = train_sentencepiece([given] * 20, 300, 2)
@@ -195,8 +221,9 @@ def test_bfloat16_is_near_and_not_equal_and_carries_its_state(tmp_path):
 
 
 def test_errors_of_few_documents_come_from_blocks_and_of_many_from_documents(model, tmp_path, monkeypatch):
-    few = score(model, files(write(tmp_path / "few", text(3000), text(50, 1))), TOKENS, How())
-    assert few.drawn == "blocks of 4,096 bytes"
+    monkeypatch.setattr(scoring, "BLOCK_BYTES", 512)
+    few = score(model, files(write(tmp_path / "few", text(1000), text(50, 1))), TOKENS, How())
+    assert few.drawn == "blocks of 512 bytes"
     many = score(model, files(write(tmp_path / "many", *(text(4, n) for n in range(30)))), TOKENS, How())
     assert (many.drawn, len(many.units())) == ("documents", 30)
     for found in (few, many):
