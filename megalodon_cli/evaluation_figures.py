@@ -10,8 +10,8 @@ from megalodon.config import count_name
 from megalodon_cli.figures import COLORS, draw
 
 
-def plot_evaluation(document: Mapping[str, Any], file: Path) -> bool:
-    """Draw loss by position, loss over context and over the position in a window; False if there is none of them."""
+def plot_evaluation(document: Mapping[str, Any], file: Path) -> None:
+    """Draw loss by position, loss over context and over the position in a window, recall."""
     models, panels = document["models"], list[Callable[[Any], None]]()
     if "quick" in models[0]:
         panels += [partial(_by_position, models)]
@@ -20,10 +20,8 @@ def plot_evaluation(document: Mapping[str, Any], file: Path) -> bool:
         panels += [partial(_over_context, models), partial(_gain, models)]
         panels += [partial(_in_window, model) for model in models]
     panels += [partial(_recall, model) for model in models if "recall" in model]
-    if panels:
-        name = document["data"]["name"] if document["data"] else "recall"
-        draw(f"{name} · norm_stats {document['norm_stats']}", panels, file)
-    return bool(panels)
+    name = document["data"]["name"] if document["data"] else "recall"
+    draw(f"{name} · norm_stats {document['norm_stats']}", panels, file)
 
 
 def _by_position(models: Sequence[Mapping[str, Any]], axis: Any) -> None:

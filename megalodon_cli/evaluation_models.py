@@ -3,11 +3,12 @@
 Not here: what is measured (evaluation_request.py), which directory CKPT means (checkpoints.py).
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megalodon.errors import InputError
+from megalodon.errors import EnvironmentFault, InputError
 from megalodon_cli import console, run_files
 
 if TYPE_CHECKING:
@@ -119,9 +120,16 @@ def validation(subjects: Sequence[Subject], *, concatenate: bool) -> "Corpus":
 
 
 def destination(directory: Path, output_path: Path | None) -> Path | None:
-    """Where results go: --output-path, else RUN/evals, else nowhere. Raises: InputError for a file in the way."""
+    """Where results go: --output-path, else RUN/evals, else nowhere.
+
+    Raises: InputError for a file in the way; EnvironmentFault for a folder that may not be written to.
+    """
     run = run_of(directory)
     folder = output_path or (run / EVALS if run else None)
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; expected a folder for the results")
+    if folder is not None:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise InputError(f"{there} is a file; expected a folder for the results")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise EnvironmentFault(f"{there} may not be written to; expected another --output-path for the results")
     return folder

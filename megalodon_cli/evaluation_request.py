@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from megalodon.evaluation.answers import Plan, Recall
     from megalodon.evaluation.compare import ContextDifference, Difference
-    from megalodon.evaluation.context import Use
+    from megalodon.evaluation.context import Choice, Use
     from megalodon.evaluation.corpus import Corpus
     from megalodon.evaluation.harness import Results as HarnessResults
     from megalodon.evaluation.harness import Tasks
@@ -42,6 +42,16 @@ PARTS: Mapping[Suite, tuple[str, ...]] = {
 """What a suite is made of."""
 ON_TEXT = frozenset({"quick", "context"})
 """Parts that need text; recall takes it where there is some."""
+USED_BY: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(("data", "concatenate"), frozenset({"quick", "context", "recall"})),
+    "plot": frozenset({"quick", "context", "recall"}),
+    "lengths": frozenset({"context", "recall", "harness"}),
+    **dict.fromkeys(("limit", "log_samples"), frozenset({"recall", "harness", "qa"})),
+    "recall": frozenset({"recall"}),
+    **dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), frozenset({"harness"})),
+    **dict.fromkeys(("extract", "stop", "raw"), frozenset({"qa"})),
+}
+"""Options that only these parts heed; the others have defaults, which are no request."""
 LENGTHS = "1Ki,4Ki,16Ki"
 RECALL_SAMPLES = 10
 ROWS = {"cpu": 4, "cuda": 16}
@@ -80,6 +90,7 @@ class Options(NamedTuple):
     dtype: Literal["auto", "fp32", "bf16"]
     output_path: Path | None
     log_samples: bool
+    plot: Path | None
 
 
 class Found(Protocol):
@@ -119,6 +130,8 @@ class Request:
     rows: int
     folder: Path | None
     """Where results go; None for a model in no run."""
+    choices: "Mapping[str, Choice]"
+    """Name of a model -> its windows, of context."""
     plan: "Plan | None"
     """Of recall."""
     questions: "Questions | None"
@@ -194,11 +207,9 @@ class Request:
         return score(subject.writer.model, self.corpus, subject.tokens, self.how, meter.at)
 
     def _context(self, subject: Subject, live: console.Progress) -> "Use":
-        from megalodon.evaluation.context import choose, cost, measure
+        from megalodon.evaluation.context import cost, measure
 
-        assert self.corpus is not None
-        asked, lengths = self.options.windows, (0, *self.lengths)
-        choice = choose(self.corpus, subject.tokens, lengths[-1], self.target, asked)
+        asked, lengths, choice = self.options.windows, (0, *self.lengths), self.choices[subject.name]
         if choice.possible < asked:
             console.note(f"the text holds {choice.possible:,} such windows, fewer than --windows {asked:,}")
         chunk = subject.writer.model.config.chunk_size
@@ -267,15 +278,17 @@ def suite_of(given: Suite | None, *, tasks: str | None, qa: Path | None) -> Suit
 
 def read(options: Options) -> Request:
     """Check everything and load the models. Raises: InputError and its kin, before anything is measured."""
+    from megalodon.evaluation.context import choose
     from megalodon.evaluation.scoring import How
     from megalodon.profiling import numbers
     from megalodon.training.host_memory import keep_freed_memory
     from megalodon.training.plan import device_named
 
     device, batch, parts = device_named(options.device), options.batch_size, PARTS[options.suite]
-    rows = ROWS[device.type] if batch == "auto" else numbers.counts(batch, "--batch-size")[0]
-    lengths = tuple(sorted(numbers.counts(options.lengths or LENGTHS, "--lengths")))
-    target = numbers.counts(options.target, "--target", 2)[0]
+    _check_use(options)
+    rows = ROWS[device.type] if batch == "auto" else _count(batch, "--batch-size")
+    lengths = tuple(sorted(numbers.counts(LENGTHS if options.lengths is None else options.lengths, "--lengths")))
+    target = _count(options.target, "--target", 2)
     bf16 = options.dtype == "bf16" or (options.dtype == "auto" and device.type == "cuda")
     names = [*(list[str | None](options.models) or [None]), *options.compare]
     directories = [checkpoints.model_directory(name) for name in names]
@@ -289,11 +302,42 @@ def read(options: Options) -> Request:
     if device.type == "cpu":
         keep_freed_memory()
     subjects = load(directories, device)
-    if corpus is None and (ON_TEXT & {*parts} or (recall and subjects[0].store)):
-        corpus = validation(subjects, concatenate=options.concatenate)
-    plan = _plan(options, subjects[0], corpus, recall, lengths) if recall else None
+    if corpus is None and (ON_TEXT & {*parts} or ("needle" in recall and subjects[0].store)):
+        try:
+            corpus = validation(subjects, concatenate=options.concatenate)
+        except InputError as error:
+            if ON_TEXT & {*parts}:
+                raise
+            console.note(f"needle is hidden in made-up sentences: {error}")
+    choices = {}
+    if "context" in parts:
+        assert corpus is not None
+        choices = {s.name: choose(corpus, s.tokens, lengths[-1], target, options.windows) for s in subjects}
+    plan = _plan(options, subjects, corpus, recall, lengths) if recall else None
     how = How(options.norm_stats, bf16, PIECES[device.type])
-    return Request(options, subjects, corpus, how, device, lengths, target, rows, folder, plan, questions, tasks)
+    return Request(
+        options, subjects, corpus, how, device, lengths, target, rows, folder, choices, plan, questions, tasks
+    )
+
+
+def _check_use(options: Options) -> None:
+    """Raises: InputError for an option that the suite would not heed."""
+    for name, parts in USED_BY.items():
+        if getattr(options, name) and not parts & {*PARTS[options.suite]}:
+            suites = " or ".join(suite for suite, own in PARTS.items() if parts & {*own})
+            raise InputError(
+                f"--{name.replace('_', '-')} does nothing in --suite {options.suite}; expected --suite {suites}, or "
+                "leave it out"
+            )
+
+
+def _count(text: str, option: str, least: int = 1) -> int:
+    from megalodon.profiling import numbers
+
+    found = numbers.counts(text, option, least)
+    if len(found) > 1:
+        raise InputError(f"{option} {text}: expected one number")
+    return found[0]
 
 
 def _recall_tasks(given: str | None) -> tuple[str, ...]:
@@ -310,17 +354,22 @@ def _recall_tasks(given: str | None) -> tuple[str, ...]:
 
 
 def _plan(
-    options: Options, subject: Subject, corpus: "Corpus | None", tasks: tuple[str, ...], lengths: tuple[int, ...]
+    options: Options,
+    subjects: Sequence[Subject],
+    corpus: "Corpus | None",
+    tasks: tuple[str, ...],
+    lengths: tuple[int, ...],
 ) -> "Plan":
     """What recall asks; a sample of each kind is made, so that a length too short is refused before anything runs."""
     from megalodon.evaluation.answers import Plan
     from megalodon.evaluation.recall import haystack
 
-    text = haystack(corpus, subject.tokens) if "needle" in tasks else []
+    text = haystack(corpus, subjects[0].tokens) if "needle" in tasks else []
     plan = Plan(tasks, lengths, options.limit or RECALL_SAMPLES, options.seed, text)
     for task, length, depth in plan.cells():
         if length == lengths[0]:
-            plan.sample(subject.tokens, task, length, depth, 0)
+            for subject in subjects:
+                plan.sample(subject.tokens, task, length, depth, 0)
     return plan
 
 

@@ -51,10 +51,8 @@ def write_files(evaluation: "Evaluation", folder: Path | None, plot: Path | None
     if plot is not None:
         from megalodon_cli import evaluation_figures
 
-        if evaluation_figures.plot_evaluation(document, plot):
-            yield plot
-        else:
-            console.warning(f"--plot {plot}: nothing to draw; tasks and questions are numbers alone")
+        evaluation_figures.plot_evaluation(document, plot)
+        yield plot
 
 
 def _free(folder: Path, suite: str) -> Path:

@@ -220,6 +220,7 @@ def evaluate(
         dtype=dtype,
         output_path=output_path,
         log_samples=log_samples,
+        plot=plot,
     )
     if plot is not None:
         from megalodon_cli import figures

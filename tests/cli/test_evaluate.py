@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from megalodon.checkpoint.tensors import save_model
 from megalodon_cli.app import app
 
+TEXTS = [text(400), text(300, 1), *(text(20, seed) for seed in range(2, 6))]
 META = {"tokenizer_sha256": TOKENIZER.sha256, "bos": True}
 
 
@@ -23,7 +24,8 @@ def workplace(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("evaluate")
     for seed, name in enumerate("ab"):
         save_model(byte_model(torch.float32, seed), place / name, TOKENIZER.save, META)
-    write(place / "texts", text(400), text(300, 1))
+    write(place / "texts", *TEXTS)
+    (place / "blank").write_text(" \n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert pretrain("--max-steps", "2").exit_code == 0
@@ -65,8 +67,8 @@ def test_quick_prints_a_table_and_saves_json_and_markdown(place, tmp_path):
     whole = json.loads(saved.read_text())
     assert whole["schema"] == "megalodon/evaluate/1"
     found = whole["result"]["models"][0]["quick"]
-    size = sum(len(given.encode()) for given in (text(400), text(300, 1)))
-    assert (found["tokens"], found["bytes"], found["documents"]) == (size + 2, size, 2)
+    size = sum(len(given.encode()) for given in TEXTS)
+    assert (found["tokens"], found["bytes"], found["documents"]) == (size + len(TEXTS), size, len(TEXTS))
     assert found["tokens_read"] == found["tokens"] + found["documents"]
     assert f"{found['loss']['value']:.4f} ± {found['loss']['error']:.4f}" in result.stdout
     assert f"| {found['loss']['value']:.4f} ± " in report.read_text()
@@ -180,6 +182,14 @@ def test_fewer_windows_than_asked_for_are_a_note(place):
         (["a", "--data", "texts", "--batch-size", "0"], ["--batch-size: 0 is too small"]),
         (["a", "--data", "texts", "--plot", "x.pdf"], ["x.pdf: expected a name ending in .png or .svg"]),
         (["a", "--data", "texts", "--output-path", "texts/00.txt"], ["texts/00.txt is a file; expected a folder"]),
+        (["a", "--data", "texts", "--output-path", "texts/00.txt/x"], ["texts/00.txt is a file; expected a folder"]),
+        (["a", "--data", "texts", "--batch-size", "2,8"], ["--batch-size 2,8: expected one number"]),
+        (["a", "--data", "texts", "--target", "32,64"], ["--target 32,64: expected one number"]),
+        (["a", "--data", "texts", "--recall", "passkey"], ["--recall does nothing in --suite quick; expected --suite"]),
+        (["a", "--data", "texts", "--limit", "3"], ["--limit does nothing in --suite quick"]),
+        (["a", "--qa", "q", "--plot", "x.png"], ["--plot does nothing in --suite qa; expected --suite quick or"]),
+        (["a", "--tasks", "q", "--data", "texts"], ["--data does nothing in --suite harness"]),
+        (["a", "--suite", "recall", "--recall", "needle", "--data", "blank"], ["blank holds no text"]),
         (["a", "--data", "texts", "--suite", "fast"], ["fast"]),
         (["a", "--data", "texts", "--device", "tpu"], ["--device tpu"]),
     ],
@@ -200,6 +210,31 @@ def test_text_that_cannot_be_scored_is_one_line_and_nothing_is_written(place, tm
     (tmp_path / "one.txt").write_bytes(content)
     refused(run("a", "--data", tmp_path / "one.txt", "--output-path", tmp_path / "out"), words)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_later_part_cannot_do_is_refused_before_an_earlier_one_is_measured(place, monkeypatch):
+    monkeypatch.setattr("megalodon.evaluation.scoring.score", lambda *_: pytest.fail("it was measured"))
+    asked = ["a", "--suite", "long", "--data", "texts", "--recall", "passkey", "--limit", "1"]
+    refused(run(*asked, "--lengths", "512Ki"), "--lengths 512Ki: the longest document has")
+    refused(run(*asked, "--lengths", "60", "--target", "8"), "--lengths 60: too short")
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_first(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr("megalodon.evaluation.scoring.score", lambda *_: pytest.fail("it was measured"))
+    result = run("a", "--data", "texts", "--output-path", tmp_path / "out")
+    refused(result, f"{tmp_path} may not be written to", code=3)
+
+
+def test_a_needle_without_validation_text_is_hidden_in_made_up_sentences(place, monkeypatch):
+    asked = ["debug", "--suite", "recall", "--lengths", "400", "--limit", "1", "--recall"]
+    monkeypatch.setattr("megalodon.data.prepare.VALID", "elsewhere")
+    result = run(*asked, "needle", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["result"]["data"] is None
+    assert "needle is hidden in made-up sentences: runs/debug was validated on data/debug/elsewhere" in result.stderr
+    assert "made-up" not in run(*asked, "passkey").stderr
+    refused(run("debug"), "was validated on data/debug/elsewhere, which is not there")
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(place, tmp_path, monkeypatch):
@@ -347,9 +382,15 @@ def test_data_on_the_hub_is_refused_offline(place, tmp_path, monkeypatch):
     )
     result = run("a", "--tasks", "far", "--include-path", tmp_path, "--offline")
     refused(result, "far need org/none, which needs the network, and --offline forbids it", code=3)
-    result = run("a", "--tasks", "far", "--include-path", tmp_path)
-    assert result.exit_code == 3
-    assert "lm-eval may fetch from the Hugging Face Hub: org/none" in result.stderr
+    (tmp_path / "all.yaml").write_text("group: all_far\ntask: [far]\n")
+    for asked in (
+        ["far", "--include-path", tmp_path],
+        ["all_far", "--include-path", tmp_path],
+        [tmp_path / "far.yaml"],
+    ):
+        result = run("a", "--tasks", *asked)
+        assert result.exit_code == 3, result.stderr
+        assert "lm-eval may fetch from the Hugging Face Hub: org/none" in result.stderr
 
 
 @pytest.mark.parametrize(
