@@ -123,15 +123,14 @@ def multikey(draw: random.Random, material: Material) -> Sample:
                 taken.add(number)
                 yield f"The number of {name} is {number}.\n"
 
-    question, answer = "The number of {} is", " {}"
-    rows = material.within(material.room(question.format("m" * 8), answer.format(999_999)), table())
-    names = list(numbers)[: len(rows)]
-    if len(names) < CANDIDATES:
+    rows = table()
+    fact, (asked, number) = next(rows), next(iter(numbers.items()))
+    ids = material.hidden(rows, fact, f"The number of {asked} is", f" {number}")
+    names = list(numbers)[1:-1]  # for the last one there was no room
+    if len(names) < CANDIDATES - 1:
         raise InputError(f"--lengths {material.length:,}: too short for {CANDIDATES} names; expected longer ones")
-    asked = names.pop(min(len(names) - 1, int(material.depth * len(names))))
-    ids = material.prompt([*rows, material.ids(question.format(asked))])
-    others = (answer.format(numbers[name]) for name in draw.sample(names, CANDIDATES - 1))
-    return Sample(ids, answer.format(numbers[asked]), tuple(others))
+    others = (f" {numbers[name]}" for name in draw.sample(names, CANDIDATES - 1))
+    return Sample(ids, f" {number}", tuple(others))
 
 
 def associative(draw: random.Random, material: Material) -> Sample:

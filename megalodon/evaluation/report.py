@@ -186,12 +186,15 @@ def _in_window(found: Document) -> Table:
 
 
 def _used(name: str, found: Document, seq_len: int | None) -> Iterator[str]:
-    used, longest = found["used_tokens"], found["lengths"][-1]["context"]
+    used, lengths = found["used_tokens"], [row["context"] for row in found["lengths"]]
+    longest = lengths[-1]
     trained = f"; it was trained on windows of {count_name(seq_len)}" if seq_len else ""
     many = f"{found['windows']:,} windows, 95 % intervals"
     if used:
         beyond = "" if used == longest else f", and nothing longer up to {count_name(longest)} helps beyond chance"
-        yield f"{name} uses text up to {count_name(used)} tokens back{beyond} ({many}){trained}"
+        shorter = max(length for length in lengths if length < used)
+        least = f"more than {count_name(shorter)} and " if shorter else ""
+        yield f"{name} uses text {least}up to {count_name(used)} tokens back{beyond} ({many}){trained}"
     else:
         yield f"{name}: no length up to {count_name(longest)} helps beyond chance ({many}){trained}"
     if found["worse_at"]:

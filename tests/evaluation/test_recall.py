@@ -70,6 +70,14 @@ def test_a_prompt_has_its_length_in_the_tokens_of_the_model(task, length, kind, 
         assert made.ids[1:].tolist() == tokens.tokenizer.encode(prompt(made, tokens))
 
 
+def test_a_table_is_no_longer_than_asked_for_with_a_tokenizer_that_has_words_of_its_own():
+    tokens = Tokens(train_sentencepiece(["mmmmmmmm 999999\n" * 99], 268, 2), True, True)
+    for length in range(1000, 1040):
+        made = sample("multikey", length, tokens=tokens)
+        whole = len(made.ids) + len(tokens.tokenizer.encode_array(made.answer, False))
+        assert length - 40 <= whole <= length
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_seed_gives_the_same_sample_and_another_seed_another(task):
     assert prompt(sample(task, seed=3)) == prompt(sample(task, seed=3))
