@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from megalodon.config import count_name
 from megalodon.errors import CheckFailed, EnvironmentFault, InputError
 from megalodon_cli import checkpoints, console
 from megalodon_cli.evaluation_models import Subject, destination, load, text_of, validation
@@ -54,6 +55,8 @@ USED_BY: Mapping[str, frozenset[str]] = {
 """Options that only these parts heed; the others have defaults, which are no request."""
 LENGTHS = "1Ki,4Ki,16Ki"
 RECALL_SAMPLES = 10
+PROMPT_BYTES = 24
+"""Memory a token of a prompt of recall takes while it is put together."""
 ROWS = {"cpu": 4, "cuda": 16}
 """Windows that are read side by side."""
 PIECES = {"cpu": 1024, "cuda": 8192}
@@ -361,9 +364,18 @@ def _plan(
     lengths: tuple[int, ...],
 ) -> "Plan":
     """What recall asks; a sample of each kind is made, so that a length too short is refused before anything runs."""
+    import torch
+
     from megalodon.evaluation.answers import Plan
     from megalodon.evaluation.recall import haystack
+    from megalodon.training.memory import available_memory
 
+    available, needed = available_memory(torch.device("cpu")), lengths[-1] * PROMPT_BYTES
+    if available is not None and needed > available:
+        raise InputError(
+            f"--lengths {count_name(lengths[-1])}: a prompt takes {needed / 2**30:,.0f} GiB of memory, and "
+            f"{available / 2**30:,.1f} GiB are free; expected shorter ones"
+        )
     text = haystack(corpus, subjects[0].tokens) if "needle" in tasks else []
     plan = Plan(tasks, lengths, options.limit or RECALL_SAMPLES, options.seed, text)
     for task, length, depth in plan.cells():

@@ -401,6 +401,7 @@ def test_data_on_the_hub_is_refused_offline(place, tmp_path, monkeypatch):
         (["--suite", "qa"], ["--suite qa: expected --qa FILE too"]),
         (["--suite", "recall", "--recall", "pass"], ["--recall: no task `pass`; did you mean passkey?"]),
         (["--suite", "recall", "--lengths", "20"], ["--lengths 20: too short"]),
+        (["--suite", "recall", "--lengths", "500T"], ["--lengths 500,000,000,000,000: a prompt takes", "GiB are free"]),
         (["--qa", "none.jsonl"], ["none.jsonl: cannot be read"]),
         (["--qa", "a/config.json", "--fields", "q"], ["--fields q: expected two names"]),
         (["--suite", "recall", "--log-samples"], ["--log-samples: a is in no run; expected --output-path DIR too"]),
