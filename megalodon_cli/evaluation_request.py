@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from megalodon.config import count_name
 from megalodon.errors import CheckFailed, EnvironmentFault, InputError
 from megalodon_cli import checkpoints, console
 from megalodon_cli.evaluation_models import Subject, destination, load, text_of, validation
@@ -373,7 +372,7 @@ def _plan(
     available, needed = available_memory(torch.device("cpu")), lengths[-1] * PROMPT_BYTES
     if available is not None and needed > available:
         raise InputError(
-            f"--lengths {count_name(lengths[-1])}: a prompt takes {needed / 2**30:,.0f} GiB of memory, and "
+            f"--lengths {lengths[-1]:,}: a prompt takes {needed / 2**30:,.0f} GiB of memory, and "
             f"{available / 2**30:,.1f} GiB are free; expected shorter ones"
         )
     text = haystack(corpus, subjects[0].tokens) if "needle" in tasks else []

@@ -111,7 +111,7 @@ def files(path: Path) -> TextCorpus:
 
 
 class StoreCorpus:
-    """Documents of a token store; for a model with another tokenizer the text of each is held whole and encoded anew."""
+    """Documents of a token store; for another tokenizer the text of each is held whole and encoded anew."""
 
     def __init__(self, store: Store, tokenizer: Tokenizer) -> None:
         self.name, self.sha256, self.size = str(store.path), store.fingerprint, store.text_bytes
