@@ -99,6 +99,9 @@ class ModelSection(ModelConfig):
             )
         return {**PRESETS.get(preset or "", {}), **given}
 
+    def _problems(self) -> list[str]:
+        return [] if self.arch == "llama" else super()._problems()  # it does not heed most of the sizes
+
     @model_validator(mode="after")
     def _llama_fits(self) -> Self:
         if self.arch == "llama" and self.model_dim % (2 * self.num_heads):

@@ -62,6 +62,7 @@ def run_of(directory: Path) -> Path | None:
 
 def load(directories: Sequence[Path], device: "torch.device") -> list[Subject]:
     """Load models onto a device. Raises: InputError for one given twice; CheckpointError, DataError."""
+    from megalodon.checkpoint.adapter_files import is_adapter
     from megalodon.checkpoint.tensors import read_model_info
     from megalodon.evaluation.corpus import Tokens
     from megalodon.inference.session import load_writer
@@ -74,10 +75,11 @@ def load(directories: Sequence[Path], device: "torch.device") -> list[Subject]:
     for directory, name in zip(directories, names, strict=True):
         writer, run = load_writer(directory), run_of(directory)
         writer.model.to(device)
-        eos = bool(run_files.recipe_values(run).get("data.eos", True)) if run else True
-        adapter = (directory / "adapter_config.json").is_file()
-        seq_len = None if adapter else read_model_info(directory).get("seq_len")
-        tokens = Tokens(writer.tokenizer, writer.bos, eos)
+        info = {} if is_adapter(directory) else read_model_info(directory)
+        seq_len, eos = info.get("seq_len"), info.get("eos")
+        if eos is None:  # written before it was recorded; the run beside it knows
+            eos = run_files.recipe_values(run).get("data.eos", True) if run else True
+        tokens = Tokens(writer.tokenizer, writer.bos, bool(eos))
         own = name if names.count(name) == 1 else str(directory)
         found.append(Subject(own, directory, run, writer, tokens, seq_len if isinstance(seq_len, int) else None))
     return found

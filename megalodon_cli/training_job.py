@@ -220,6 +220,7 @@ def export(
     meta = {
         "tokenizer_sha256": tokenizer.sha256,
         "bos": job.bos,
+        "eos": tuning is not None or job.resolved.pretraining().data.eos,
         "isolate": config.data.isolate,
         "seq_len": job.loader.seq_len,
         "lr": job.plan.optim.lr,

@@ -12,11 +12,11 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, nn
 
-from megalodon.errors import CheckpointError, InputError
+from megalodon.errors import InputError
 from megalodon.model.decoder import Decoder
 from megalodon.model.llama import Llama, LlamaConfig, LlamaDecoder
 from megalodon.model.megalodon import Block, Megalodon, ModelConfig
-from megalodon.model.weights import assign_weights
+from megalodon.model.weights import assign_weights, copy_weights
 from megalodon_kernels import Backend
 
 LanguageModel = Megalodon | Llama
@@ -77,21 +77,5 @@ def with_weights(config: LanguageModelConfig, tensors: Mapping[str, Tensor], sou
         assign_weights(model, tensors, source)
         return model
     llama = Llama(config)
-    _assign(llama, tensors, source)
+    copy_weights(llama, tensors, source)
     return llama
-
-
-@torch.no_grad()
-def _assign(model: Llama, tensors: Mapping[str, Tensor], source: str) -> None:
-    expected: dict[str, Any] = dict(model.named_parameters())  # a tied matrix once
-    optional = model.state_dict().keys() - expected.keys()
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected and name not in optional]
-    for name in expected.keys() & tensors.keys():
-        if tensors[name].shape != expected[name].shape:
-            found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
-            problems.append(f"{name} is {found}, expected {wanted}")
-    if problems:
-        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: " + "; ".join(sorted(problems)))
-    for name, parameter in expected.items():
-        parameter.copy_(tensors[name])

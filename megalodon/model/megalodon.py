@@ -75,6 +75,12 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if problems := self._problems():
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> list[str]:
+        """What does not go together."""
         problems = []
         for whole, part in (("model_dim", "norm_num_groups"), ("z_dim", "num_heads"), ("value_dim", "num_heads")):
             if getattr(self, whole) % getattr(self, part):
@@ -89,9 +95,7 @@ class ModelConfig(Config):
             problems.append(
                 f"output_size {self.output_size} differs from vocab_size {self.vocab_size} with share_emb; use -1"
             )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+        return problems
 
     @property
     def num_outputs(self) -> int:

@@ -85,6 +85,13 @@ def test_it_writes_and_transformers_loads_what_was_exported() -> None:
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[0], atol=LOGITS[torch.float32], rtol=0.0)
 
 
+def test_sizes_that_it_does_not_heed_may_be_anything() -> None:
+    sizes = ["model.num_heads=3", "model.model_dim=24", "model.z_dim=7", "model.value_dim=11", "--max-steps", "1"]
+    done = pretrain(*LLAMA, *sizes)
+    assert done.exit_code == 0, done.output
+    assert pretrain(*sizes, "-o", "runs/ours").exit_code == 2
+
+
 def test_a_run_may_start_from_a_baseline() -> None:
     assert pretrain(*LLAMA, "--max-steps", "2").exit_code == 0
     again = pretrain("model.arch=llama", "-o", "runs/more", "--init-from", "runs/llama", "optim.lr=1e-9")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,13 @@ def refused(result, *words: str, code: int = 2) -> None:
     for word in words:
         assert word in errors[0]
     assert result.stdout == ""
+
+
+def test_a_model_taken_out_of_its_run_knows_how_documents_ended(place, tmp_path):
+    assert pretrain("--max-steps", "1", "data.eos=false", "data.dir=no-eos", "-o", "runs/no-eos").exit_code == 0
+    shutil.copytree("runs/no-eos/model", tmp_path / "alone")
+    found = document(tmp_path / "alone", "--data", "texts", "--output-path", tmp_path / "out")["models"][0]["quick"]
+    assert found["tokens"] == sum(len(given.encode()) for given in TEXTS)
 
 
 def test_quick_prints_a_table_and_saves_json_and_markdown(place, tmp_path):
