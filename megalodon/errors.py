@@ -12,6 +12,11 @@ MegalodonError               1   the run failed
 └── Stopped                 75   stopped early, with a verified checkpoint; the same command continues
 """
 
+from collections.abc import Sequence
+
+SHOWN = 8
+"""Faults that a message names; the others are counted."""
+
 
 class MegalodonError(Exception):
     """Base of every error a user can act on: `str(error)` is one line, `hint` an optional second one."""
@@ -69,3 +74,9 @@ class Stopped(MegalodonError):
     """The run stopped early with a verified checkpoint; the same command continues it."""
 
     exit_code = 75
+
+
+def one_line(faults: Sequence[str]) -> str:
+    """Return the faults in one line: the first few, and how many more there are."""
+    more = len(faults) - SHOWN
+    return "; ".join(faults[:SHOWN]) + (f"; and {more:,} more" if more > 0 else "")

@@ -180,7 +180,7 @@ def warning(text: str) -> None:
 
 def error(text: str, excerpt: str = "") -> None:
     """Print an error and the source line it stands in."""
-    _message(text, "error", "31;1")
+    _message(printable(" ".join(text.splitlines())), "error", "31;1")
     if excerpt:
         _message(excerpt)
 

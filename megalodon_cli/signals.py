@@ -1,9 +1,14 @@
-"""What SIGINT, SIGTERM and SIGUSR1 do to a training run. Not here: the loop that asks for the reason to stop."""
+"""What SIGINT, SIGTERM and SIGUSR1 do to a training run, and to a command that writes a directory once.
+
+Not here: the loop that asks for the reason to stop.
+"""
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 
 class Signals:
@@ -45,3 +50,18 @@ class Signals:
     def reason(self) -> str | None:
         """Why the run is to stop, or None."""
         return None if self.number is None else signal.Signals(self.number).name
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process with 130 and 143, by way of whatever removes what is half-written."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -17,6 +17,7 @@ run (lock.py), model directories (tensors.py), what a step's state means (traini
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -37,20 +38,22 @@ from megalodon.checkpoint.tensor_files import (
     count_files,
     form_of,
     naming,
+    only_once,
     read_all_boxes,
     read_tensors,
+    refuse_irregular,
     write_tensors,
 )
 from megalodon.config import Config, show
-from megalodon.errors import CheckpointError, EnvironmentFault
+from megalodon.errors import CheckpointError, EnvironmentFault, one_line
 
 FORMAT = "megalodon/checkpoint/2"
 RESERVE_BYTES, RESERVE_FILES = 16 * 2**20, 16
+JSON_BYTES = 64 * 2**20
+"""The longest JSON file that is read."""
 _WRITER = secrets.token_hex(4)
 """Tells what this process writes aside from what another one left."""
 _STEP = re.compile(r"step-(\d{8,})")
-_SHOWN = 5
-"""Tensors that a message names; the others are counted."""
 
 
 class CheckpointConfig(Config):
@@ -121,9 +124,13 @@ def replace_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises: CheckpointError if the file is missing or is none."""
+    """Read a JSON object: names once, finite numbers. Raises: CheckpointError if the file is missing or is none."""
+    refuse_irregular(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > JSON_BYTES:
+            raise CheckpointError(f"{path} has {size:,} bytes; expected at most {JSON_BYTES:,}")
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=only_once, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
@@ -132,6 +139,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
     return value
 
 
@@ -412,8 +425,7 @@ def load_tensors(saved: Saved, targets: Mapping[str, Tensor]) -> None:
     differ = [name for name, form in wanted.items() if listed.get(name, form) != form]
     problems += [f"{name} is {listed[name]}, expected {wanted[name]}" for name in differ]
     if problems:
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointError(f"{saved.path} does not fit this model: {'; '.join(problems[:_SHOWN])}{more}")
+        raise CheckpointError(f"{saved.path} does not fit this model: {one_line(problems)}")
     boxes = read_all_boxes(saved.path / "tensors", len(wanted))
     check_coverage(boxes, wanted, saved.path)
     read_tensors(boxes, targets)

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalodon.errors import CheckpointError
+from megalodon.errors import CheckpointError, one_line
 
 SHARD_BYTES = 512 * 10**6
 """The largest file (one larger tensor stands alone). Its writer holds it in memory as a whole, twice."""
@@ -158,6 +158,7 @@ def read_boxes(path: Path, num_tensors: int) -> list[Box]:
             pieces do not lie side by side from the first to the last byte of the file.
     """
     limit = HEADER_BYTES + HEADER_BYTES_PER_TENSOR * num_tensors
+    refuse_irregular(path)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -177,6 +178,12 @@ def read_boxes(path: Path, num_tensors: int) -> list[Box]:
         raise CheckpointError(f"{path}: its header is none of safetensors: {error!r}") from error
 
 
+def refuse_irregular(path: Path) -> None:
+    """Raises: CheckpointError if a path is there but no file: a pipe would be waited for, a device read without end."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file")
+
+
 def only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of JSON of its pairs. Raises: ValueError for a name that stands in it twice."""
     found = dict(pairs)
@@ -193,6 +200,10 @@ def _boxes(path: Path, header: dict[str, Any], start: int, num_bytes: int, num_t
     found: list[Box] = []
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
+        if not name.isprintable() or len(name) > 512:
+            raise CheckpointError(
+                f"{path}: a tensor is named {name[:80]!r}; expected at most 512 characters that print"
+            )
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         offsets = tuple(places[name]["saved_offsets"]) if places else (0,) * len(shape)
@@ -237,7 +248,7 @@ def check_coverage(boxes: Iterable[Box], expected: Mapping[str, Form], where: ob
     for name, form in expected.items():
         problems += [f"{name} {fault}" for fault in _faults(found.get(name, []), form)]
     if problems:
-        raise CheckpointError(f"{where} does not hold what it should: {'; '.join(problems)}")
+        raise CheckpointError(f"{where} does not hold what it should: {one_line(problems)}")
 
 
 def _faults(boxes: list[Box], form: Form) -> Iterator[str]:

@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megalodon.checkpoint.store import write_json
-from megalodon.checkpoint.tensor_files import DTYPES, Box, Form, check_coverage, form_of, naming, only_once, read_boxes
-from megalodon.errors import CheckpointError
+from megalodon.checkpoint.store import read_json, write_json
+from megalodon.checkpoint.tensor_files import DTYPES, Box, Form, check_coverage, form_of, naming, read_boxes
+from megalodon.errors import CheckpointError, one_line
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-INDEX_BYTES = 64 * 2**20
-"""The longest index that is read."""
 _SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _READ = 2**30
@@ -64,15 +62,7 @@ def _has_index(directory: Path) -> bool:
 def _weight_map(directory: Path) -> dict[str, Path]:
     """Name of a tensor -> its file, from the index."""
     index = directory / INDEX
-    try:
-        if (size := index.stat().st_size) > INDEX_BYTES:
-            raise CheckpointError(f"{index} has {size:,} bytes; expected at most {INDEX_BYTES:,}")
-        value = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=only_once)
-    except OSError as error:
-        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not an index: {error}") from error
-    found = value.get("weight_map") if isinstance(value, dict) else None
+    found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{index} has no weight_map; expected the file of each tensor by name")
     paths = {file: _inside(directory, file, index) for file in dict.fromkeys(found.values())}
@@ -114,7 +104,7 @@ def open_weights(directory: Path, num_tensors: int) -> Tensors:
     problems += [f"{n} is in {files[0]} but not in the index" for n, files in found.items() if n not in places]
     problems += [f"{n} is missing in {path.name}" for n, path in places.items() if path.name not in found.get(n, ())]
     if problems:
-        raise CheckpointError(f"{directory / INDEX} does not fit its files: {'; '.join(problems)}")
+        raise CheckpointError(f"{directory / INDEX} does not fit its files: {one_line(problems)}")
     return of_boxes(boxes)
 
 

@@ -26,18 +26,15 @@ from torch import Tensor
 
 from megalodon.checkpoint.store import write_json
 from megalodon.data.chat import ChatFormat, ChatTemplate
-from megalodon.data.tokenizer import Tokenizer, load_tokenizer
+from megalodon.data.tokenizer import BYTES_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from megalodon.errors import CheckFailed, CheckpointError, DataError, EnvironmentFault
 from megalodon.interop.fast_tokenizer import fast_tokenizer, special_ids
 from megalodon.interop.model_card import model_card
 from megalodon.model.megalodon import ModelConfig
 
 CODE = ("configuration_megalodon.py", "modeling_megalodon.py")
-EXTRA_KEYS = frozenset(
-    {"architectures", "auto_map", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
-    | {"transformers_version", "tie_word_embeddings"}
-)
-"""What config.json of an export may hold besides the fields of ModelConfig and model_type."""
+SECONDS = 1800.0
+"""How long transformers may take to answer."""
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "max_new_tokens": 256}
 """What generate() does unless it is told otherwise; the defaults of our own (inference/sampling.py)."""
 _BEGINNINGS = ("", "{{ bos_token }}", '{{ bos_token + " " }}')
@@ -62,7 +59,8 @@ def write_export(
         DataError: the tokenizer or the chat template cannot be read, or not be expressed for transformers.
     """
     bos = bool(about.get("bos", True))
-    tokenizer = load_tokenizer(directory) if _has_tokenizer(directory) else None
+    has_tokenizer = any((directory / name).exists() for name in (SENTENCEPIECE_FILE, BYTES_FILE))
+    tokenizer = load_tokenizer(directory) if has_tokenizer else None
     chat = None if tokenizer is None else _with_bos(directory, tokenizer, bos)
     fields: dict[str, Any] = {
         "architectures": ["MegalodonForCausalLM"],
@@ -115,7 +113,12 @@ def check_with_transformers(directory: Path, tokens: Tensor) -> Tensor:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         environment.pop("PYTHONPATH", None)
         program = [sys.executable, "-P", "-c", _PROGRAM, str(directory), str(asked), str(answered)]
-        done = subprocess.run(program, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        try:
+            done = subprocess.run(
+                program, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise CheckFailed(f"{directory}: transformers gave no answer in {SECONDS:g} s; it was given up") from None
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise CheckFailed(f"{directory}: transformers does not load it: {said}")
@@ -134,10 +137,6 @@ with torch.inference_mode():
     logits = model(load_file(asked)["tokens"], use_cache=False).logits
 save_file({"logits": logits.float().contiguous()}, answered)
 """
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).exists() for name in ("tokenizer.model", "byte_tokenizer.json"))
 
 
 def _with_bos(directory: Path, tokenizer: Tokenizer, bos: bool) -> ChatFormat | None:

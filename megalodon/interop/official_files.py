@@ -9,10 +9,11 @@ and whole copies of the others. Files are read by a process of their own (pickle
 tensors only. Not here: names and options (official.py).
 """
 
+import errno
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from megalodon.checkpoint.store import read_json, write_json
 from megalodon.checkpoint.tensor_files import Form, form_of, naming
 from megalodon.checkpoint.weight_files import Tensors
 from megalodon.data.tokenizer import SENTENCEPIECE_FILE
-from megalodon.errors import CheckpointError
+from megalodon.errors import CheckpointError, one_line
 from megalodon.interop.official import IGNORED_OPTIONS, read_options
 from megalodon.interop.pickled import PickledFiles
 from megalodon.model.megalodon import ModelConfig
@@ -113,7 +114,7 @@ def _joined(files: PickledFiles, config: ModelConfig, directory: Path) -> Tensor
         f"{n} is {first[n]} and cannot be joined" for n, a in axes.items() if a is not None and a >= len(first[n].shape)
     ]
     if problems:
-        raise CheckpointError(f"{directory}: the files of the ranks do not fit together: {'; '.join(problems)}")
+        raise CheckpointError(f"{directory}: the files of the ranks do not fit together: {one_line(problems)}")
 
     def read(name: str) -> Tensor:
         axis, part = split_axis(name), files.read(0, name)
@@ -209,6 +210,17 @@ class _Pickler(pickle.Pickler):
         return rebuild, (value.storage, 0, value.form.shape, stride, False, OrderedDict())
 
 
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    """The library's writer knows one error alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(
+            errno.ENOSPC, f"writing stopped, the disk may be full ({str(error).split('. ')[-1][:80]})"
+        ) from error
+
+
 def write_pth(path: Path, tensors: Tensors, tied: Mapping[str, str]) -> None:
     """Write what `torch.save` of the state dict would, one tensor in memory at a time.
 
@@ -223,7 +235,7 @@ def write_pth(path: Path, tensors: Tensors, tied: Mapping[str, str]) -> None:
     buffer = BytesIO()
     _Pickler(buffer, protocol=2).dump(places)
     pickled, alignment = buffer.getvalue(), "64"
-    with _open_zipfile_writer(str(path)) as file:
+    with _full_disk(), _open_zipfile_writer(str(path)) as file:
         for name, text in (("data.pkl", pickled), (".format_version", "1"), (".storage_alignment", alignment)):
             file.write_record(name, text, len(text))
         file.write_record("byteorder", "little", len("little"))

@@ -22,6 +22,8 @@ CHUNKS, MORE = 3, 5
 """Tokens that are compared: so many chunks and a few more."""
 SMALL = 2**28
 """Bytes of float32 parameters up to which a model is run as a whole; beyond, layer by layer and in pieces of text."""
+MOST = 2**16
+"""Tokens that are compared at most, however large the chunks are."""
 PIECE = 1024
 """Tokens of a piece."""
 _LOGIT_BYTES = 2**27
@@ -70,14 +72,14 @@ class Outcome(NamedTuple):
 
 
 def parity_tokens(config: ModelConfig, seed: int = 0) -> Tensor:
-    """Return the ids (1, 3 chunks + 5) that models are compared on."""
-    length = CHUNKS * config.chunk_size + MORE
+    """Return the ids (1, 3 chunks + 5) that models are compared on; fewer where these are more than MOST."""
+    length = min(CHUNKS * config.chunk_size + MORE, MOST)
     return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def is_small(config: ModelConfig) -> bool:
-    """Whether a model may be held in memory as a whole."""
-    return 4 * config.num_parameters() <= SMALL
+    """Whether a model may be held in memory and run as a whole."""
+    return 4 * config.num_parameters() <= SMALL and config.chunk_size <= MOST // 4
 
 
 class Walk:
@@ -152,14 +154,14 @@ def compare(
     second: Tensors,
     tokens: Tensor,
     report: Callable[[str], None] = lambda text: None,
-) -> tuple[Parity, Outcome]:
+) -> tuple[Parity, Outcome, Outcome]:
     """Compare two state dicts of one configuration.
 
     Args:
         tokens: (1, L) ids.
         report: called with the name of each part that was compared.
     Returns:
-        what was found, and what the second one computed.
+        what was found, and what each of them computed.
     """
     walks = Walk(config, first), Walk(config, second)
     hidden = [tokens, tokens]
@@ -173,7 +175,7 @@ def compare(
     largest, same, scale = compare_logits(one, other.logits)
     if largest and differs is None:
         differs = "output.output"
-    return Parity(tokens.shape[1], largest, same, differs, scale), other
+    return Parity(tokens.shape[1], largest, same, differs, scale), one, other
 
 
 @torch.no_grad()

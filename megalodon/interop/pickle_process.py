@@ -35,7 +35,9 @@ def main() -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)  # it can be lowered only
+    memory = request["memory"] if most == resource.RLIM_INFINITY else min(request["memory"], most)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     try:
         opened = [_opened(path) for path in request["paths"]]
     except BaseException as error:
@@ -59,8 +61,12 @@ def _opened(path: str) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise TypeError(f"holds {type(value).__name__} under {name!r}; expected a state dict, tensors by name")
+        if not name.isprintable() or len(name) > 512:
+            raise TypeError(f"names a tensor {name[:80]!r}; expected at most 512 characters that print")
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise TypeError(f"{name} is {value.layout} on {value.device}; expected a plain tensor")
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise TypeError(f"{name} repeats its values to {tuple(value.shape)}; expected a plain tensor")
     return {name: value.detach() for name, value in found.items()}
 
 

@@ -3,7 +3,7 @@
     with PickledFiles([Path("consolidated.pth")]) as files:
         files.forms[0]["embed.weight"]; files.read(0, "embed.weight")
 
-Nothing of the file is unpickled here. Not here: what the tensors mean (released.py).
+Nothing of the file is unpickled here. Not here: what the tensors mean (official_files.py).
 """
 
 import json

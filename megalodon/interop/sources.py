@@ -24,7 +24,7 @@ from megalodon.checkpoint.tensors import FORMAT, read_config, read_quantisation
 from megalodon.checkpoint.weight_files import Tensors, of_boxes, open_weights, tensors_in_memory, weight_paths
 from megalodon.data.chat import MARKERS_FILE, TEMPLATE_FILE
 from megalodon.data.tokenizer import BYTES_FILE, SENTENCEPIECE_FILE
-from megalodon.errors import CheckpointError, InputError
+from megalodon.errors import CheckpointError, InputError, one_line
 from megalodon.interop.official_files import ABOUT, is_released, open_released
 from megalodon.model.adapters import merged
 from megalodon.model.attention import rotary_frequencies
@@ -210,7 +210,7 @@ def completed(source: Source) -> Tensors:
     """
     if problems := fit_of(source).lines():
         raise CheckpointError(
-            f"{source.path}: {len(problems)} tensors do not fit the model: " + "; ".join(problems),
+            f"{source.path}: {len(problems)} tensors do not fit the model: {one_line(problems)}",
             f"megalodon convert --inspect {source.path} lists them",
         )
     stored, config = source.tensors, source.config

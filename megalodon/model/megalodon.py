@@ -24,27 +24,30 @@ from megalodon.model.timestep_norm import TimestepNorm
 from megalodon_kernels import Backend, qk_rope, swiglu
 from megalodon_kernels.chunk_attention.open_chunk import open_lengths
 
+WIDEST = 2**20
+"""The largest width. A foreign configuration may say anything; within bounds a model of it can be laid out."""
+
 
 class ModelConfig(Config):
     """Sizes and options of a model, under the names of the released configuration."""
 
-    num_layers: int = Field(8, ge=1)
+    num_layers: int = Field(8, ge=1, le=1024)
     """Blocks."""
-    model_dim: int = Field(1024, ge=2)
+    model_dim: int = Field(1024, ge=2, le=WIDEST)
     """D, width of the residual stream."""
-    num_heads: int = Field(1, ge=1)
+    num_heads: int = Field(1, ge=1, le=WIDEST)
     """H, attention heads."""
-    z_dim: int = Field(256, ge=1)
+    z_dim: int = Field(256, ge=1, le=WIDEST)
     """Z, width of queries and keys, all heads together."""
-    value_dim: int = Field(2048, ge=1)
+    value_dim: int = Field(2048, ge=1, le=WIDEST)
     """V, width of values, all heads together."""
-    ffn_hidden_dim: int = Field(2048, ge=1)
+    ffn_hidden_dim: int = Field(2048, ge=1, le=WIDEST)
     """F, hidden width of the feed-forward network."""
-    cema_ndim: int = Field(16, ge=1)
+    cema_ndim: int = Field(16, ge=1, le=WIDEST)
     """N, complex moving averages a feature."""
-    norm_num_groups: int = Field(32, ge=1)
+    norm_num_groups: int = Field(32, ge=1, le=WIDEST)
     """G, groups of features that share TimestepNorm statistics."""
-    chunk_size: int = Field(2048, ge=1)
+    chunk_size: int = Field(2048, ge=1, le=2**31)
     """C, tokens: attention and rotary positions restart at each multiple."""
     rope_base: float | None = Field(None, gt=0)
     """Base of the rotary frequencies; null = 10,000."""
@@ -68,9 +71,9 @@ class ModelConfig(Config):
     """Probability, on the hidden values inside both halves."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability, on attention weights after the softmax."""
-    vocab_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=2**31)
     """Rows of the embedding."""
-    output_size: int = Field(-1, ge=-1)
+    output_size: int = Field(-1, ge=-1, le=2**31)
     """Rows of the output matrix; -1 = vocab_size."""
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from megalodon.config import Config
-from megalodon.errors import CheckpointError, InputError
+from megalodon.errors import CheckpointError, InputError, one_line
 from megalodon.model.layers import QuantisedLinear, dequantised
 from megalodon.model.megalodon import Megalodon, ModelConfig
 
@@ -98,7 +98,7 @@ def assign_quantised(
         model.set_submodule(module, QuantisedLinear(integers, scale, wide, shape[1]))
     problems += [f"unexpected {name}" for name in tensors if ".weight." in name and name not in known]
     if problems:
-        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: " + "; ".join(problems))
+        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: {one_line(problems)}")
     if model.config.share_emb:
         rest["output.output.weight"] = rest["embed.weight"]
     return rest

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megalodon.errors import CheckpointError
+from megalodon.errors import CheckpointError, one_line
 from megalodon.model.attention import rotary_frequencies
 from megalodon.model.megalodon import Megalodon, ModelConfig
 
@@ -76,7 +76,7 @@ def assign_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str)
     if tied and not problems and not torch.equal(tensors["embed.weight"], tensors["output.output.weight"]):
         problems.append("output.output.weight differs from embed.weight, but share_emb ties them")
     if problems:
-        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: " + "; ".join(problems))
+        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the model: {one_line(problems)}")
 
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
     device = tensors["embed.weight"].device

@@ -3,6 +3,7 @@
 Not here: which directory SRC is (conversion_source.py), reading, writing and proof (megalodon/interop).
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 
 from megalodon.errors import CheckFailed, InputError
 from megalodon_cli import checkpoints, console, conversion_source
+from megalodon_cli.signals import ended_by_signals
 
 if TYPE_CHECKING:
     from megalodon.interop.conversion import Conversion, Options
@@ -88,8 +90,9 @@ def convert(
     if target is None:
         raise InputError(f"{source}: DST is missing; expected megalodon convert SRC DST, or --inspect SRC")
     options = _options(to, dtype, shard_size, quantize, verify=not no_verify)
-    with conversion_source.open_given(source, base_directory) as found:
-        _check_places(found, target, merge=merge, base=base)
+    _check_target(target)
+    with ended_by_signals(), conversion_source.open_given(source, base_directory) as found:
+        _check_source(found, target, merge=merge, base=base)
         _convert(found, target, options)
 
 
@@ -108,8 +111,17 @@ def _options(to: Any, dtype: Any, shard_size: str, quantize: Any, *, verify: boo
     return Options(to, dtype, size, held, verify)
 
 
-def _check_places(source: "Source", target: Path, *, merge: bool, base: Path | None) -> None:
-    """Raises: InputError: DST is taken, or an adapter and --merge do not come together."""
+def _check_target(target: Path) -> None:
+    """Raises: InputError: DST is taken, or would lie in something that is no directory."""
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} already exists; choose another directory or remove it")
+    above = next(place for place in target.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise InputError(f"{target}: {above} is no directory; choose another place")
+
+
+def _check_source(source: "Source", target: Path, *, merge: bool, base: Path | None) -> None:
+    """Raises: InputError: DST lies inside SRC, or an adapter and --merge do not come together."""
     from megalodon.interop.sources import ADAPTER
 
     if source.kind == ADAPTER and not merge:
@@ -117,8 +129,8 @@ def _check_places(source: "Source", target: Path, *, merge: bool, base: Path | N
     if source.kind != ADAPTER and (merge or base is not None):
         option = "--merge" if merge else "--base"
         raise InputError(f"{option}: {source.path} is a {source.kind}; expected an adapter, such as RUN/adapter")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} already exists; choose another directory or remove it")
+    if source.path.resolve() in target.resolve().parents:
+        raise InputError(f"{target} lies inside {source.path}, which is only read; choose a place beside it")
 
 
 def _convert(source: "Source", target: Path, options: "Options") -> None:
@@ -129,20 +141,19 @@ def _convert(source: "Source", target: Path, options: "Options") -> None:
     with console.Progress() as live:
         done = write(source, target, options, lambda text: live.update(text, keep=False))
     info = read_json(target / "megalodon.json")
-    console.result(f"{target}: {done.num_bytes / 1e9:.3f} GB of weights, {_how(source, options)}")
+    console.result(f"{target}: {console.amount(done.num_bytes, ' ', 'G')}B of weights, {_how(source, options)}")
     console.result(f"  parity: {_parity(done)}")
     for remark in done.remarks:
         console.note(remark)
     for line in _next(target, options):
         console.result(f"  {line}")
-    merged = info.get("merged_from", {}) if "merged_from" in source.info else {}
     console.document(
         "convert",
         {
             "model": str(target),
             "kind": source.kind,
             "to": options.to,
-            **merged,
+            **({} if source.adapted is None else source.info["merged_from"]),
             "weights_sha256": info["weights_sha256"],
             "bytes": done.num_bytes,
             "parity": None if done.parity is None else done.parity.row(),
@@ -152,8 +163,8 @@ def _convert(source: "Source", target: Path, options: "Options") -> None:
 
 
 def _how(source: "Source", options: "Options") -> str:
-    merged = source.info.get("merged_from") if source.adapted is not None else None
-    if merged:
+    if source.adapted is not None:
+        merged = source.info["merged_from"]
         return f"{merged['base'][:8]} with adapter {merged['adapter'][:8]} merged"
     if options.quantisation is not None:
         return f"matrices as {options.quantisation.kind}"
@@ -177,9 +188,7 @@ def _parity(done: "Conversion") -> str:
 def _next(target: Path, options: "Options") -> list[str]:
     """The lines that load the result."""
     if options.to == "ref":
-        return [
-            f"next: megalodon.reloading.reload_model({str(target)!r}), with the released code, from inside {target}"
-        ]
+        return [f'next: megalodon.reloading.reload_model("."), with the released code, from inside {target}']
     lines = [f"next: megalodon generate {target} -p TEXT"]
     if options.to == "hf":
         lines.append(f'AutoModelForCausalLM.from_pretrained("{target}", trust_remote_code=True)')
@@ -206,5 +215,7 @@ def _show(source: "Source") -> None:
         console.result(f"  {kind:10} {', '.join(found[kind]) or 'none'}")
     console.document("convert", found)
     wrong = sum(len(found[kind]) for kind in ("missing", "unexpected", "mismatched"))
-    if wrong and not console.wants_json():
+    if wrong:
+        if console.wants_json():  # the document says it
+            raise typer.Exit(CheckFailed.exit_code)
         raise CheckFailed(f"{source.path}: {wrong} tensors do not fit its configuration")

@@ -1,17 +1,16 @@
 """`megalodon tokenize`: text to tokens, and a look at what came out. Not here: how (megalodon/data)."""
 
 import contextlib
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from megalodon.errors import InputError
 from megalodon_cli import console, recipe_files, store_looks
+from megalodon_cli.signals import ended_by_signals
 
 if TYPE_CHECKING:
     from megalodon.data.ingest import CorpusConfig
@@ -178,14 +177,14 @@ def tokenize(
             raise InputError("no directory for the store; give -o DIR")
         chosen = _tokenizer_config(tokenizer, train, vocab_size, model_type)
         reading = {"format": format, "field": field, "document": document}
-        with _ended_by_signals(), _Stdin() as stdin:
+        with ended_by_signals(), _Stdin() as stdin:
             sources = _sources(inputs, reading, stdin)
             return _run(_corpus({**common, "sources": sources}), chosen, Path(out_dir), effort, others)
     if not names:
         raise InputError("nothing to do; give a RECIPE, or --input PATH with -o DIR", hint="megalodon tokenize --help")
     if wrong := _given(of_input):
         raise InputError(f"{wrong[0]} belongs to --input; with a recipe change its keys, such as tokenizer.kind=bytes")
-    with _ended_by_signals():
+    with ended_by_signals():
         _from_recipe(names, [*_as_changes(common), *changes], Path(out_dir) if out_dir else None, effort, others)
 
 
@@ -220,21 +219,6 @@ def _looked_at(flag: str, inspect: int | None, names: Sequence[str], other: Sequ
         return Path(names[0])
     example = f"{flag} {inspect}" if flag == "--inspect" else flag
     raise InputError(f"{flag} looks at one token store, and {came}; expected `megalodon tokenize {example} DIR`")
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process with 130 and 143, by way of whatever removes what is half-written."""
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _common(valid: str | None, dedup: str | None, no_bos: bool, no_eos: bool, on_error: str | None) -> dict[str, Any]:

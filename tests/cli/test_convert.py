@@ -128,7 +128,7 @@ def test_inspect_lists_what_does_not_fit() -> None:
     assert "  missing    layers.1.mega.beta" in result.stdout and "  unexpected extra" in result.stdout
     assert "layers.0.mega.wz.weight is (24, 12), expected (12, 24)" in result.stdout
     assert "3 tensors do not fit its configuration" in result.stderr
-    found = json.loads(convert("--inspect", "r", "--json").stdout)["result"]
+    found = json.loads(convert("--inspect", "r", "--json", code=6).stdout)["result"]
     assert (found["missing"], found["unexpected"]) == (["layers.1.mega.beta"], ["extra"])
 
 

@@ -351,8 +351,8 @@ INDEX: dict[str, tuple[Any, str]] = {
     ),
     "one file more": (lambda d: shutil.copy(d / ONE, d / "extra.safetensors"), r"holds extra\.safetensors, which"),
     "both forms": (lambda d: shutil.copy(d / ONE, d / "model.safetensors"), r"expected one of them"),
-    "no map": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), r"has no weight_map"),
-    "no JSON": (lambda d: (d / "model.safetensors.index.json").write_text("{"), r"is not an index"),
+    "no map": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), r"has no weight_map"),
+    "no JSON": (lambda d: (d / "model.safetensors.index.json").write_text("{"), r"index\.json is not JSON"),
 }
 
 

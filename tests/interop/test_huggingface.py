@@ -15,12 +15,13 @@ from factories import random_tokens, tiny_model
 from safetensors.torch import load_file, save_file
 from tolerances import LOGITS, assert_near
 
+from megalodon.checkpoint.tensors import OF_TRANSFORMERS
 from megalodon.data.chat import ChatFormat, Message, load_template
 from megalodon.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from megalodon.errors import CheckFailed, CheckpointError, DataError, EnvironmentFault
 from megalodon.inference.sampling import SamplingConfig, allowed_ids
 from megalodon.inference.session import Session, generate
-from megalodon.interop.huggingface import CODE, EXTRA_KEYS, check_with_transformers, write_export
+from megalodon.interop.huggingface import CODE, check_with_transformers, write_export
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon, ModelConfig
 
@@ -173,7 +174,7 @@ def test_what_transformers_saves_it_loads_again(exports: Exports, name: str) -> 
     saved, stored = (load_file(root / place / "model.safetensors") for place in (f"{name}-saved", name))
     assert saved.keys() == stored.keys() and all(torch.equal(saved[key], stored[key]) for key in saved)
     config = json.loads((root / f"{name}-saved" / "config.json").read_text())
-    assert config.keys() - ModelConfig.model_fields.keys() - {"model_type"} <= EXTRA_KEYS
+    assert config.keys() - ModelConfig.model_fields.keys() - {"model_type"} <= OF_TRANSFORMERS
     assert (
         ModelConfig(**{k: v for k, v in config.items() if k in ModelConfig.model_fields}) == exports.models[name].config
     )
