@@ -144,15 +144,15 @@ def cast_to(config: ModelConfig, tensors: Tensors, dtype: Dtype) -> Tensors:
         InputError: float64 weights, which keep would have to round.
     """
     with torch.device("meta"):
-        narrow = {n: t.dtype == torch.bfloat16 for n, t in Megalodon(config).to(torch.bfloat16).state_dict().items()}
+        held = {name: tensor.dtype for name, tensor in Megalodon(config).to(torch.bfloat16).state_dict().items()}
     if dtype == "keep" and (wide := [name for name, form in tensors.forms.items() if form.dtype == "float64"]):
         raise InputError(f"{wide[0]} is float64, which no format here holds; choose --dtype fp32, which rounds it")
 
     def form_of(name: str, form: Form) -> Form:
-        if not form.torch_dtype.is_floating_point:
-            return form
+        if not held[name].is_floating_point:
+            return Form(form.shape, "int64")
         kept = dtype == "bf16" or (dtype == "keep" and form.dtype == "bfloat16")
-        return Form(form.shape, "bfloat16" if narrow[name] and kept else "float32")
+        return Form(form.shape, "bfloat16" if held[name] == torch.bfloat16 and kept else "float32")
 
     forms = {name: form_of(name, form) for name, form in tensors.forms.items()}
     return Tensors(forms, lambda name: tensors.read(name).to(forms[name].torch_dtype))

@@ -245,7 +245,7 @@ def completed(source: Source) -> Tensors:
 def _sound(tensor: Tensor, name: str, where: Path) -> Tensor:
     """The tensor itself. Raises: CheckpointError: a value is not finite, or a prior has a count."""
     if name.endswith("prior_count"):
-        if tensor.numel() != 1 or int(tensor) != 0:
+        if tensor.numel() != 1 or tensor.item() != 0:
             raise CheckpointError(f"{where}: {name} is {tensor.tolist()}; a language model has no prior, expected 0")
         return tensor
     if tensor.numel():

@@ -70,8 +70,8 @@ def assign_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str)
     expected = model.state_dict()
     problems = misfits(expected, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}).lines()
     for name in [name for name in tensors if name.endswith("prior_count") and name in expected]:
-        if tensors[name].numel() == 1 and int(tensors[name]) != 0:
-            problems.append(f"{name} is {int(tensors[name])}; a language model has no prior, expected 0")
+        if tensors[name].numel() == 1 and (count := tensors[name].item()) != 0:
+            problems.append(f"{name} is {count}; a language model has no prior, expected 0")
     tied = model.config.share_emb
     if tied and not problems and not torch.equal(tensors["embed.weight"], tensors["output.output.weight"]):
         problems.append("output.output.weight differs from embed.weight, but share_emb ties them")

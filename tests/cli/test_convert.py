@@ -1,7 +1,9 @@
 """`megalodon convert`: every kind of SRC, what it prints, and what it refuses in one line with its exit code."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,9 @@ def test_options_reach_the_files() -> None:
     assert sorted(path.name for path in Path("ref").iterdir()) == [
         *("byte_tokenizer.json", "config.json", "consolidate_config.json", "consolidated.pth", "megalodon.json")
     ]
+    assert 'next: megalodon.reloading.reload_model("."), with the released code, from inside ref' in released.stdout
     hf = convert("m", "hf", "--to", "hf").stdout
+    assert "# hf\n" in Path("hf/README.md").read_text(), "its card has the name that it was given"
     assert 'AutoModelForCausalLM.from_pretrained("hf", trust_remote_code=True)' in hf
     assert 'AutoTokenizer.from_pretrained("hf")' in hf
     for place in ("shards", "q", "hf"):
@@ -153,6 +157,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no DST": (["m"], "m: DST is missing; expected megalodon convert SRC DST, or --inspect SRC"),
     "DST of a look": (["--inspect", "m", "out"], "--inspect writes nothing, but DST is out"),
     "taken": (["m", "m"], "m already exists; choose another directory or remove it"),
+    "inside SRC": (["m", "m/out"], "m/out lies inside m, which is only read; choose a place beside it"),
+    "below a file": (["m", "m/config.json/out"], "config.json is no directory; choose another place"),
+    "a link to nothing": (["m", "dangling"], "dangling already exists"),
+    "a link to a folder": (["m", "linked"], "linked already exists"),
+    "taken, told first": (["nowhere", "m"], "m already exists"),
     "size": (["m", "out", "--shard-size", "many"], "--shard-size: `many` is not a size such as 100MB or 2GiB"),
     "no size": (["m", "out", "--shard-size", "0"], "--shard-size 0: expected at least a byte"),
     "merge": (["m", "out", "--merge"], "--merge: m is a model directory; expected an adapter, such as RUN/adapter"),
@@ -172,8 +181,37 @@ def test_what_cannot_be_done_is_one_line(case: str) -> None:
     llama(Path("llama"))
     other(Path("other"))
     bare(Path("bare"))
+    Path("dangling").symlink_to("gone")
+    Path("empty").mkdir()
+    Path("linked").symlink_to("empty")
     arguments, said = REFUSED[case]
     assert said in refused(*arguments)
+
+
+def test_a_key_of_a_configuration_forges_no_line(tmp_path: Path) -> None:
+    save(Path("m"))
+    path = Path("m/config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "x\nerror: all is well \x1b[2J": 1}))
+    assert "unknown keys: x error: all is well \N{REPLACEMENT CHARACTER}[2J;" in refused("--inspect", "m")
+
+
+def test_a_signal_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    save(Path("m"))
+    monkeypatch.setattr(conversion, "write_weights", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # unheard, it ends this test alone
+    try:
+        convert("m", "out", code=143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in Path().iterdir()] == ["m"]
+
+
+def test_where_a_model_says_it_comes_from_is_only_passed_on() -> None:
+    save(Path("m"))
+    path = Path("m/megalodon.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "merged_from": 3}))
+    assert json.loads(convert("m", "out", "--json").stdout)["result"]["model"] == "out"
+    assert info(Path("out"))["merged_from"] == 3
 
 
 def test_a_failed_proof_is_exit_6_and_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:

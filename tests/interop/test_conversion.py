@@ -1,6 +1,7 @@
 """A model survives every way from one form into another, bit by bit, or nothing is written."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from safetensors.torch import save_file
 from tolerances import GOLDEN_LOGITS, assert_near
 from torch import Tensor
 
+from megalodon.checkpoint import store
 from megalodon.checkpoint.tensor_files import form_of
 from megalodon.checkpoint.tensors import load_model
-from megalodon.errors import CheckFailed, CheckpointError, InputError
-from megalodon.interop import conversion, official_files
+from megalodon.errors import CheckFailed, CheckpointError, EnvironmentFault, InputError
+from megalodon.interop import conversion, official_files, parity
 from megalodon.interop.official_files import split_axis
 from megalodon.interop.pickled import PickledFiles
 
@@ -364,6 +366,116 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, damage: str) -> None:
     refused(tmp_path / "t", tmp_path / "out", said)
 
 
+def irregular(name: str) -> Any:
+    """A file of this name that is a device: one that is read without end, or a pipe, would be no other."""
+
+    def harm(place: Path) -> None:
+        (place / name).unlink(missing_ok=True)
+        (place / name).symlink_to("/dev/null")
+
+    return harm
+
+
+@pytest.mark.parametrize("name", ["megalodon.json", "model.safetensors.index.json"])
+def test_a_device_is_not_read(tmp_path: Path, name: str) -> None:
+    transformers_directory(tmp_path, 3)
+    irregular(name)(tmp_path / "t")
+    refused(tmp_path / "t", tmp_path / "out", rf"{name} is no regular file")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "consolidate_config.json"])
+@pytest.mark.usefixtures("read_here")
+def test_a_device_in_the_place_of_a_single_file_is_not_read(tmp_path: Path, name: str) -> None:
+    if name == "model.safetensors":
+        transformers_directory(tmp_path, 1)
+        (tmp_path / "t/model.safetensors.index.json").unlink()
+    else:
+        save_released(tmp_path / "t", *released(tmp_path), 1)
+    irregular(name)(tmp_path / "t")
+    refused(tmp_path / "t", tmp_path / "out", rf"{name} is no regular file")
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
+    "many layers": ({"num_layers": 10**9}, r"num_layers: Input should be less than or equal to 1024"),
+    "wide": (
+        {"model_dim": 2**40, "norm_num_groups": 2**20},
+        r"model_dim: Input should be less than or equal to 1048576",
+    ),
+    "many averages": ({"cema_ndim": 10**18}, r"cema_ndim: Input should be less than"),
+    "many words": ({"vocab_size": 10**25}, r"vocab_size: Input should be less than"),
+    "long chunks": ({"chunk_size": 10**30}, r"chunk_size: Input should be less than"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_sizes_beyond_all_bounds_are_refused_before_a_model_is_laid_out(tmp_path: Path, kind: str) -> None:
+    changes, said = FOREIGN[kind]
+    transformers_directory(tmp_path, 1)
+    edit(tmp_path / "t/config.json", **changes)
+    refused(tmp_path / "t", tmp_path / "out", said)
+
+
+def test_a_chunk_longer_than_any_text_costs_no_more_tokens(tmp_path: Path) -> None:
+    transformers_directory(tmp_path, 1)
+    edit(tmp_path / "t/config.json", chunk_size=2**31)
+    done = run(tmp_path / "t", tmp_path / "out")
+    assert done.parity == parity.EQUAL, "tensors are compared, nothing is run"
+    assert parity.parity_tokens(load_model(tmp_path / "out").config).shape == (1, parity.MOST)
+
+
+@pytest.mark.parametrize("name", ["x\nerror: all is well", "x\x1b[31m", "x" * 600], ids=["line", "escape", "long"])
+def test_a_name_that_would_forge_a_message_is_refused(tmp_path: Path, name: str) -> None:
+    transformers_directory(tmp_path, 1)
+    rewrite(tmp_path / "t", lambda tensors: tensors.update({name: torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"a tensor is named 'x.*'; expected at most 512 char") as caught:
+        run(tmp_path / "t", tmp_path / "out")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("to", ["native", "ref"])
+@pytest.mark.usefixtures("read_here")
+def test_a_count_of_another_type_is_written_as_an_integer(tmp_path: Path, dtype: torch.dtype, to: Any) -> None:
+    expected = transformers_directory(tmp_path, 1)
+    rewrite(tmp_path / "t", lambda ts: ts.update({n: t.to(dtype) for n, t in ts.items() if n.endswith("prior_count")}))
+    run(tmp_path / "t", tmp_path / "there", to=to)
+    run(tmp_path / "there", tmp_path / "back")
+    assert same(stored(tmp_path / "back"), expected)
+
+
+def test_many_faults_are_counted_not_listed(tmp_path: Path) -> None:
+    transformers_directory(tmp_path, 1)
+    edit(tmp_path / "t/config.json", num_layers=300)
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mega\.[a-z.]*; and 6,\d\d\d more$") as caught:
+        run(tmp_path / "t", tmp_path / "out")
+    assert str(caught.value).count(";") == 8
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity"])
+def test_a_record_without_finite_numbers_is_refused(tmp_path: Path, number: str) -> None:
+    save(tmp_path / "m")
+    path = tmp_path / "m/megalodon.json"
+    path.write_text(path.read_text().replace('"step": 7', f'"step": {number}'))
+    refused(tmp_path / "m", tmp_path / "out", rf"megalodon\.json is not JSON: {number} is no finite number")
+
+
+def test_a_record_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "m")
+    monkeypatch.setattr(store, "JSON_BYTES", 300)
+    refused(tmp_path / "m", tmp_path / "out", r"config\.json has \d\d\d bytes; expected at most 300")
+
+
+@pytest.mark.parametrize("to", ["native", "ref"])
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, to: Any) -> None:
+    save(tmp_path / "m")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        refused(tmp_path / "m", tmp_path / "out", r"out could not be written: ", EnvironmentFault, to=to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def rewrite(directory: Path, how: Any) -> None:
     """Change the tensors of a directory without records."""
     tensors = stored(directory)
@@ -398,6 +510,10 @@ WEIGHTS: dict[str, tuple[Any, str]] = {
     "a prior": (
         lambda t: t.update({"output.final_norm.prior_count": torch.tensor(3)}),
         r"output\.final_norm\.prior_count is 3; a language model has no prior",
+    ),
+    "no number of a prior": (
+        lambda t: t.update({"output.final_norm.prior_count": torch.tensor(float("nan"))}),
+        r"output\.final_norm\.prior_count is nan; a language model has no prior",
     ),
 }
 
@@ -505,8 +621,6 @@ def test_our_loader_is_part_of_the_proof(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_large_model_is_proven_by_its_tensors_and_a_cast_layer_by_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megalodon.interop import parity
-
     save(tmp_path / "m")
     small = run(tmp_path / "m", tmp_path / "small", dtype="bf16").parity
     monkeypatch.setattr(parity, "SMALL", 0)

@@ -21,6 +21,7 @@ from megalodon.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Toke
 from megalodon.errors import CheckFailed, CheckpointError, DataError, EnvironmentFault
 from megalodon.inference.sampling import SamplingConfig, allowed_ids
 from megalodon.inference.session import Session, generate
+from megalodon.interop import huggingface
 from megalodon.interop.huggingface import CODE, check_with_transformers, write_export
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon, ModelConfig
@@ -275,7 +276,7 @@ def test_the_check_runs_transformers_without_our_packages(exports: Exports, tmp_
         assert_near(found, model(tokens)[0], LOGITS[torch.float32])
 
 
-def test_the_check_runs_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_runs_no_code_but_ours_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "it"
     export(directory, tiny_model(torch.float32), None)
     code = directory / "modeling_megalodon.py"
@@ -284,6 +285,10 @@ def test_the_check_runs_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match=r"modeling_megalodon.py is not what this version of megalodon writes"):
         check_with_transformers(directory, random_tokens(1, 5))
     assert not (tmp_path / "ran").exists()
+    code.write_text(kept)
+    monkeypatch.setattr(huggingface, "SECONDS", 0.01)
+    with pytest.raises(CheckFailed, match=r"it: transformers gave no answer in 0\.01 s; it was given up"):
+        check_with_transformers(directory, random_tokens(1, 5))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match=r"pip install 'megalodon-lm\[hf\]'"):
         check_with_transformers(directory, random_tokens(1, 5))

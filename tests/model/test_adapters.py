@@ -159,8 +159,9 @@ def test_a_saved_adapter_gives_back_its_model(saved: Path, tmp_path: Path) -> No
     assert done.remarks[-1].startswith("base and adapter: largest logit difference"), "merged = beside"
 
 
+@pytest.mark.parametrize("dtype", ["keep", "bf16"])
 def test_a_merge_that_is_another_function_is_refused(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Path, tmp_path: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def halved(model: Megalodon) -> Megalodon:
         plain = merged(model)
@@ -172,7 +173,7 @@ def test_a_merge_that_is_another_function_is_refused(
         open_source(saved) as source,
         pytest.raises(CheckFailed, match="parity: base and adapter: largest logit difference"),
     ):
-        convert(source, tmp_path / "whole", Options())
+        convert(source, tmp_path / "whole", Options(dtype=dtype))
     assert not (tmp_path / "whole").exists()
 
 
