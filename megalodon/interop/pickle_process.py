@@ -36,7 +36,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, most = resource.getrlimit(resource.RLIMIT_AS)  # it can be lowered only
-    memory = request["memory"] if most == resource.RLIM_INFINITY else min(request["memory"], most)
+    memory = request["memory"] + _taken()
+    memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     try:
         opened = [_opened(path) for path in request["paths"]]
@@ -50,6 +51,12 @@ def main() -> None:
         tensor = opened[asked["file"]][asked["name"]]
         _send(answers, tensor)
         _forget(libc, tensor)
+
+
+def _taken() -> int:
+    """Bytes of address space that Python and torch take already."""
+    with open("/proc/self/statm") as sizes:
+        return int(sizes.read().split()[0]) * resource.getpagesize()
 
 
 def _opened(path: str) -> dict[str, Tensor]:

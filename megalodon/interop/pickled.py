@@ -28,8 +28,8 @@ SECONDS = 300.0
 """How long the process may be silent."""
 HEADER_BYTES = 2**24
 """The longest list of tensors that is taken from it."""
-_BESIDE_FILES = 8 * 10**9
-"""Address space of the process besides the files it maps: that of Python and torch, most of it never touched."""
+_BESIDE_FILES = 4 * 10**9
+"""Address space of the process besides the files it maps, and besides what Python and torch take (more with CUDA)."""
 _TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
