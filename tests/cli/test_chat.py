@@ -266,7 +266,7 @@ def test_mistakes_are_one_line_and_the_talk_goes_on(model, tmp_path):
         "/save no/where.mega": "no/where.mega",
         "/undo " + "9" * 5000: "/undo: expected a number of turns",
         "/read " + "a" * 300: "file name too long",
-        "/load " + "a" * 300: "File name too long",
+        "/load " + "a" * 300: "file name too long",
         "/export said.jsonl": "/export: nothing was said yet",
         "/export": "/export: expected FILE",
         "/read a\0b": "a file name cannot hold the character 0",

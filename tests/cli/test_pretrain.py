@@ -178,7 +178,7 @@ def test_a_sample_that_fails_at_the_end_loses_nothing(monkeypatch: pytest.Monkey
 
 
 def test_a_model_too_large_for_the_memory_ends_with_4_and_leaves_no_run() -> None:
-    done = pretrain("model.ffn_hidden_dim=100000000000")
+    done = pretrain("model.model_dim=262144", "model.ffn_hidden_dim=1048576")
     assert done.exit_code == 4, done.output
     assert "error: out of memory on cpu: " in done.stderr and "hint: a smaller model" in done.stderr
     assert not Path("runs/debug").exists()

@@ -69,7 +69,7 @@ def test_a_dry_run_goes_through_everything_beside_a_run_and_leaves_nothing() -> 
 
 
 def test_a_dry_run_ends_with_the_codes_of_the_real_thing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pretrain("--dry-run", "model.ffn_hidden_dim=100000000000").exit_code == 4
+    assert pretrain("--dry-run", "model.model_dim=262144", "model.ffn_hidden_dim=1048576").exit_code == 4
     assert pretrain("--dry-run", "train.batch_tokens=150").exit_code == 2
     assert pretrain("--dry-run", "--device", "cuda:99").exit_code in (2, 3)
 

@@ -300,7 +300,7 @@ def test_another_version_and_foreign_files_are_refused(model, tmp_path):
     (tmp_path / "text.mega").write_text("It was a dark and stormy night.")
     refused(tmp_path / "text.mega", model, "was cut off")
     refused(tmp_path / "nowhere.mega", model, "cannot be read: No such file")
-    refused(tmp_path, model, "cannot be read: Is a directory")
+    refused(tmp_path, model, "is no regular file")
 
 
 def test_another_model_tokenizer_or_template_is_refused(model, tmp_path):

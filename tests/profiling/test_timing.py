@@ -145,7 +145,7 @@ def test_a_named_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_does_not_fit_is_refused_before_anything_is_allocated(what: str, monkeypatch) -> None:
     monkeypatch.setattr(timing, "available_memory", lambda _: 1 << 30)
     # at 10^9 tokens an attempt to allocate would take more than this machine has
-    huge = request(what, lengths=(10**9,), model_config=tiny_config(value_dim=2 << 22))
+    huge = request(what, lengths=(10**9,), model_config=tiny_config(value_dim=1 << 20))
     with pytest.raises(OutOfMemory, match=rf"^{what}: .* needs about [\d,.]+ GiB \(estimated\); cpu has 1.0 GiB free"):
         profile(huge)
 

@@ -216,7 +216,7 @@ def test_a_run_that_cannot_go_on_has_not_begun(store: Store, tmp_path: Path) -> 
 
 def test_memory_that_is_not_there_is_said_so(store: Store, tmp_path: Path) -> None:
     with pytest.raises(OutOfMemory, match=r"out of memory on cpu: .*tried to allocate [0-9]+ bytes") as caught:
-        tiny_run(store, tmp_path, tiny_plan(), model={"ffn_hidden_dim": 10**13})
+        tiny_run(store, tmp_path, tiny_plan(), model={"model_dim": 2**18, "ffn_hidden_dim": 2**20})
     assert caught.value.hint == "a smaller model"
 
 
