@@ -181,7 +181,7 @@ def read_boxes(path: Path, num_tensors: int) -> list[Box]:
 def refuse_irregular(path: Path) -> None:
     """Raises: CheckpointError if a path is there but no file: a pipe would be waited for, a device read without end."""
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is no regular file; expected a safetensors file")
+        raise CheckpointError(f"{path} is no regular file; expected a plain file")
 
 
 def only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
