@@ -192,7 +192,7 @@ def _request(config: "FinetuneConfig", seq_len: int) -> "Request":
 
     data = config.data
     sources = [ExampleSource(s.name, s.path, s.format) for s in data.sources if s.path is not None]
-    fraction = data.valid.fraction if data.valid.path is None else 0.0
+    fraction = data.valid.share
     return Request(
         config.name,
         tuple(sources),

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
@@ -100,16 +100,30 @@ class SourceConfig(Reading):
 class ValidConfig(Reading):
     """The text that is kept for validation."""
 
-    fraction: Annotated[Share, Field(ge=0, lt=1)] = 0.005
-    """Part of the documents, chosen by the hash of their text, so a document never changes sides."""
+    fraction: Annotated[Share, Field(ge=0, lt=1)] | None = 0.005
+    """Part of the documents, chosen by the hash of their text, so a document never changes sides; null with `path`."""
     path: _Path | None = None
     """Files of their own instead; then every document of the sources is trained on."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _files_instead(cls, given: Any) -> Any:
+        """The default gives way to files, so that a saved recipe does not name both."""
+        alone = isinstance(given, dict) and given.get("path") is not None and "fraction" not in given
+        return {**given, "fraction": None} if alone else given
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if self.path is not None and "fraction" in self.model_fields_set:
+        if self.path is not None and self.fraction is not None:
             raise Impossible(("fraction", "give one of fraction and path, not both"))
+        if self.path is None and self.fraction is None:
+            raise Impossible(("fraction", "expected a part of the documents, such as 0.005, or path"))
         return self
+
+    @property
+    def share(self) -> float:
+        """Part of the documents of the sources that is held out."""
+        return self.fraction or 0.0
 
 
 class CorpusConfig(Config):

@@ -266,7 +266,7 @@ def _request(data: CorpusConfig, configs: Sequence[SourceConfig], tokenizer: Tok
     elif tokenizer.path is None:
         keys = ("vocab_size", "model_type", "sample", "reserve")
         asked["trained"] = {key: getattr(tokenizer, key) for key in keys}
-    valid: dict[str, Any] = {"fraction": data.valid.fraction} if data.valid.path is None else {"source": _VALID_SOURCE}
+    valid: dict[str, Any] = {"fraction": data.valid.share} if data.valid.path is None else {"source": _VALID_SOURCE}
     sources = {}
     for config in configs:
         kind = "hf" if config.hf else config.builtin or "files"
@@ -370,7 +370,7 @@ def _tokenizer(job: _Job, work: Workspace, report: Report) -> Tokenizer:
 def _train(job: _Job, report: Report) -> Tokenizer:
     config, data = job.tokenizer, job.data
     report(Progress("tokenizer", 0, 0, most(job.sources, config.sample), 0))
-    fraction = data.valid.fraction if data.valid.path is None else 0.0
+    fraction = data.valid.share
     trained_on = [inputs for inputs in job.sources if inputs.config.name != _VALID_SOURCE or data.valid.path is None]
     texts = sample_texts(trained_on, config.sample, fraction, job.hub.offline, job.hub.revisions)
     return train_sentencepiece(texts, config.vocab_size, config.reserve, config.model_type)
@@ -390,7 +390,7 @@ def _build(job: _Job, work: Workspace, report: Report) -> None:
         parts=(shards, shards / VALID),
         bos=data.bos,
         eos=data.eos,
-        fraction=0.0 if own_valid else data.valid.fraction,
+        fraction=0.0 if own_valid else data.valid.share,
         valid_source=_VALID_SOURCE if own_valid else "",
         limit=data.max_rejects(),
         dedup=data.dedup == "exact",
@@ -452,8 +452,8 @@ def _refuse_empty(data: CorpusConfig, ledger: Ledger) -> None:
             "lower data.valid.fraction (--valid) or give more text"
         )
     explicit = data.valid.path is not None or "fraction" in data.valid.model_fields_set
-    if not ledger.valid and explicit and (data.valid.path is not None or data.valid.fraction > 0):
+    if not ledger.valid and explicit and (data.valid.path is not None or data.valid.share > 0):
         raise DataError(
             f"no text is left for validation: {counts}; none of {ledger.kept:,} documents fell into the fraction "
-            f"{data.valid.fraction:g}; raise data.valid.fraction (--valid), or give data.valid.path"
+            f"{data.valid.share:g}; raise data.valid.fraction (--valid), or give data.valid.path"
         )

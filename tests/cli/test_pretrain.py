@@ -148,8 +148,11 @@ def test_changes_are_said_and_kept() -> None:
     assert record("runs/debug")["allowed"] == [{"optim.lr": [0.01, 0.003]}]
 
 
-def test_the_saved_recipe_continues_the_run() -> None:
-    pretrain("--stop-at-step", "1")
+@pytest.mark.parametrize("held_out", [(), ("data.valid.path=own", "data.dir=own-valid")], ids=["a part", "own files"])
+def test_the_saved_recipe_continues_the_run(held_out: tuple[str, ...]) -> None:
+    Path("own").mkdir()
+    Path("own/text.txt").write_text("The text that is held out. " * 20)
+    pretrain("--stop-at-step", "1", *held_out)
     done = CliRunner().invoke(app, ["pretrain", "runs/debug/recipe.yaml", "-o", "runs/debug"])
     assert done.exit_code == 0, done.output
     assert "resuming at step 1" in done.stderr
