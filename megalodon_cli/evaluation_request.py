@@ -6,14 +6,13 @@ written (evaluation_screen.py).
 
 import difflib
 import importlib.metadata
-import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from megalodon.errors import CheckFailed, EnvironmentFault, InputError
+from megalodon.errors import CheckFailed, InputError
 from megalodon_cli import checkpoints, console
 from megalodon_cli.evaluation_models import Subject, destination, load, text_of, validation
 from megalodon_cli.generation import REPORT_SECONDS, duration
@@ -400,8 +399,9 @@ def _questions(options: Options) -> "Questions":
 
 def _tasks(options: Options, directory: Path) -> "Tasks":
     """Find and load the tasks of the harness, whose data may come from the Hub."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise EnvironmentFault("lm-eval tasks need the extra [eval]: pip install 'megalodon-lm[eval]'")
+    from megalodon.model.extras import check_installed
+
+    check_installed("lm_eval", "lm-eval tasks need", "eval")
     from megalodon.evaluation.harness import Index
     from megalodon.profiling import numbers
 

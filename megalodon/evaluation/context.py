@@ -27,6 +27,7 @@ from megalodon.errors import InputError, NumericalError
 from megalodon.evaluation import bootstrap
 from megalodon.evaluation.bootstrap import Interval
 from megalodon.evaluation.corpus import Corpus, Int64s, Tokens
+from megalodon.evaluation.perplexity import position_buckets
 from megalodon.evaluation.reading import Reader
 from megalodon.evaluation.scoring import How, Vocabulary
 from megalodon.inference.session import evaluating
@@ -216,9 +217,4 @@ def _last_losses(reader: Reader, ids: Tensor, scored: int, num_classes: int) -> 
 
 def _by_position(losses: Floats) -> dict[int, Floats]:
     """(W, K, T) -> upper end of a bucket of positions -> means (W, K): 1, 2, 3 to 4, 5 to 8 … T."""
-    found, low = {}, 0
-    while low < losses.shape[2]:
-        high = min(losses.shape[2], max(1, 2 * low))
-        found[high] = losses[:, :, low:high].mean(2)
-        low = high
-    return found
+    return {high: losses[:, :, low:high].mean(2) for low, high in position_buckets(losses.shape[2])}

@@ -7,7 +7,7 @@ Not here: tasks and long-context probes, when to evaluate (training/loop.py).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -153,13 +153,17 @@ def _losses(model: LanguageModel, batch: Batch, num_classes: int, block: int, bf
 
 def _buckets(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> dict[int, float]:
     """Mean loss of positions 1, 2, 3 to 4, 5 to 8 …, by the upper end; a bucket without targets is left out."""
-    found, low = {}, 0
-    while low < len(sums):
-        high = min(len(sums), max(1, 2 * low))
-        if tokens := int(counts[low:high].sum()):
-            found[high] = float(sums[low:high].sum()) / tokens
+    spans = [(low, high, int(counts[low:high].sum())) for low, high in position_buckets(len(sums))]
+    return {high: float(sums[low:high].sum()) / tokens for low, high, tokens in spans if tokens}
+
+
+def position_buckets(length: int) -> Iterator[tuple[int, int]]:
+    """Yield buckets of positions from 0 as [low, high): the first, the second, 2 more, 4 more … up to the length."""
+    low = 0
+    while low < length:
+        high = min(length, max(1, 2 * low))
+        yield low, high
         low = high
-    return found
 
 
 def unigram_bits_per_byte(

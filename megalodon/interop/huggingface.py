@@ -9,7 +9,6 @@ and a model card. Nothing here needs transformers, but for the check, which runs
 Not here: the weights (checkpoint/tensors.py), when to export (convert.py).
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -27,9 +26,10 @@ from torch import Tensor
 from megalodon.checkpoint.store import write_json
 from megalodon.data.chat import ChatFormat, ChatTemplate
 from megalodon.data.tokenizer import BYTES_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
-from megalodon.errors import CheckFailed, CheckpointError, DataError, EnvironmentFault
+from megalodon.errors import CheckFailed, CheckpointError, DataError
 from megalodon.interop.fast_tokenizer import fast_tokenizer, special_ids
 from megalodon.interop.model_card import model_card
+from megalodon.model.extras import check_installed
 from megalodon.model.megalodon import ModelConfig
 
 CODE = ("configuration_megalodon.py", "modeling_megalodon.py")
@@ -101,8 +101,7 @@ def check_with_transformers(directory: Path, tokens: Tensor) -> Tensor:
         CheckpointError: the code in the directory is not what this version writes.
         CheckFailed: transformers does not load the directory; the message has its last line.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise EnvironmentFault("the check of an export needs the extra [hf]: pip install 'megalodon-lm[hf]'")
+    check_installed("transformers", "the check of an export needs", "hf")
     for name in CODE:
         path = directory / name
         if not path.is_file() or path.read_text(encoding="utf-8") != _code(name):

@@ -5,7 +5,6 @@ minimisation of the error (HQQ), two to a byte. Embedding and output matrix are 
 Not here: the maps that use them (model/layers.py).
 """
 
-import importlib.util
 import logging
 import warnings
 
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from megalodon.checkpoint.tensor_files import Form
 from megalodon.checkpoint.weight_files import Tensors
-from megalodon.errors import EnvironmentFault
 from megalodon.interop.sources import state_dict_of
+from megalodon.model.extras import check_installed
 from megalodon.model.layers import dequantised
 from megalodon.model.megalodon import ModelConfig
 from megalodon.model.quantised import Kind, Quantisation, kind_of, num_groups, packed, quantised_matrices, stored_as
@@ -23,8 +22,7 @@ from megalodon.model.quantised import Kind, Quantisation, kind_of, num_groups, p
 
 def require_torchao() -> None:
     """Raises: EnvironmentFault if the extra that quantising needs is not installed."""
-    if importlib.util.find_spec("torchao") is None:
-        raise EnvironmentFault("--quantize needs the extra [quant]: pip install 'megalodon-lm[quant]'")
+    check_installed("torchao", "--quantize needs", "quant")
 
 
 def quantised(config: ModelConfig, tensors: Tensors, quantisation: Quantisation) -> Tensors:

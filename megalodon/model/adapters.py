@@ -55,7 +55,7 @@ class LoraConfig(Config):
 
 def require_peft() -> None:
     """Raises: EnvironmentFault if the extra that adapters need is not installed."""
-    require("peft", "model.lora (adapters)", "finetune")
+    require("peft", "model.lora (adapters) needs", "finetune")
 
 
 def inject(model: Megalodon, config: LoraConfig, seed: int) -> None:

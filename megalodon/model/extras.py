@@ -13,10 +13,15 @@ _CHATTY = ("torchao", "torch.utils._pytree")
 installed, whether it is needed or not."""
 
 
-def require(library: str, what: str, extra: str) -> None:
-    """Import a library. Raises: EnvironmentFault naming `what` needs it, and the extra, if it is not installed."""
+def check_installed(library: str, needs: str, extra: str) -> None:
+    """Raises: EnvironmentFault if a library is not installed: `needs`, such as `--tasks needs`, and the extra."""
     if importlib.util.find_spec(library) is None:
-        raise EnvironmentFault(f"{what} needs the extra [{extra}]: pip install 'megalodon-lm[{extra}]'")
+        raise EnvironmentFault(f"{needs} the extra [{extra}]: pip install 'megalodon-lm[{extra}]'")
+
+
+def require(library: str, needs: str, extra: str) -> None:
+    """Import a library. Raises: EnvironmentFault if it is not installed; see `check_installed`."""
+    check_installed(library, needs, extra)
     with _quiet():
         importlib.import_module(library)
         if library in ("peft", "transformers"):

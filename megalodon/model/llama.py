@@ -165,7 +165,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig, seed: int = 0, backend: Backend = "auto") -> None:
         super().__init__()
-        require("transformers", "model.arch llama", "hf")
+        require("transformers", "model.arch llama needs", "hf")
         from transformers import LlamaConfig as TheirConfig
         from transformers import LlamaForCausalLM
 
