@@ -75,20 +75,9 @@ def _of_directory(place: Path, found: checkpoints.Weights) -> Base:
 
 def _of_step(place: Path, found: checkpoints.Weights) -> Base:
     from megalodon.data.shards import file_sha256
-    from megalodon.data.tokenizer import load_tokenizer
-    from megalodon.model.megalodon import ModelConfig
-    from megalodon.recipe import RunConfig
 
-    run = place.parent.parent
-    recipe = _recipe(run)
-    if not isinstance(recipe, RunConfig):
-        raise InputError(f"{place}: a step of a finetuning run; expected its finished model, such as {run / 'model'}")
-    store = recipe.data.dir or Path("data") / recipe.name
-    tokenizer = load_tokenizer(store / "tokenizer")
+    recipe, store, tokenizer, config = checkpoints.origin_of(place)
     _check_tokenizer(store, tokenizer, found)
-    config = recipe.model_config_for(tokenizer.vocab_size)
-    if not isinstance(config, ModelConfig):
-        raise InputError(f"{place}: a step of arch {recipe.model.arch}, a baseline; expected a Megalodon to tune")
     return Base(
         str(place),
         None,

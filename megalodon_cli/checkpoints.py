@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megalodon.checkpoint.store import Saved
+    from megalodon.data.tokenizer import Tokenizer
+    from megalodon.model.megalodon import ModelConfig
+    from megalodon.recipe import RunConfig
 
 RUNS = Path("runs")
 
@@ -66,6 +69,35 @@ def step_of(given: str) -> "Saved | None":
             if saved:
                 return saved
     return None
+
+
+class Origin(NamedTuple):
+    """What a step of a pretraining run does not say itself."""
+
+    recipe: "RunConfig"
+    store: Path
+    tokenizer: "Tokenizer"
+    config: "ModelConfig"
+
+
+def origin_of(step: Path) -> Origin:
+    """Return what the run of a step was. Raises: InputError: no pretraining of a Megalodon, or its recipe is gone."""
+    from megalodon.data.tokenizer import load_tokenizer
+    from megalodon.model.megalodon import ModelConfig
+    from megalodon.recipe import RunConfig, load_recipe
+
+    run = step.parent.parent
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{step}: {run / 'recipe.yaml'} is missing, so its model is not known")
+    recipe = load_recipe([run / "recipe.yaml"]).config
+    if not isinstance(recipe, RunConfig):
+        raise InputError(f"{step}: a step of a finetuning run; expected its finished model, such as {run / 'model'}")
+    store = recipe.data.dir or Path("data") / recipe.name
+    tokenizer = load_tokenizer(store / "tokenizer")
+    config = recipe.model_config_for(tokenizer.vocab_size)
+    if not isinstance(config, ModelConfig):
+        raise InputError(f"{step}: a step of arch {recipe.model.arch}, the baseline; expected one of a Megalodon")
+    return Origin(recipe, store, tokenizer, config)
 
 
 def _run_of(name: str) -> Path:

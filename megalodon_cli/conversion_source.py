@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalodon.errors import InputError
 from megalodon_cli import checkpoints, console
 
 if TYPE_CHECKING:
@@ -54,27 +53,15 @@ def _step(given: str) -> "Saved | None":
 
 def _of_step(saved: "Saved") -> "Source":
     """A step of a pretraining run as a source; the recipe and the tokenizer beside it say what its model is."""
-    from megalodon.data.tokenizer import load_tokenizer
     from megalodon.interop.sources import BESIDE, STEP, Source, step_tensors
-    from megalodon.model.megalodon import ModelConfig
-    from megalodon.recipe import RunConfig, load_recipe
 
-    run = saved.path.parent.parent
-    if not (run / "recipe.yaml").is_file():
-        raise InputError(f"{saved.path}: {run / 'recipe.yaml'} is missing, so its model is not known")
-    recipe = load_recipe([run / "recipe.yaml"]).config
-    if not isinstance(recipe, RunConfig):
-        raise InputError(f"{saved.path}: a step of a finetuning run; expected its finished model, such as {run}/model")
-    store = recipe.data.dir or Path("data") / recipe.name
-    tokenizer = load_tokenizer(store / "tokenizer")
-    config = recipe.model_config_for(tokenizer.vocab_size)
-    if not isinstance(config, ModelConfig) or recipe.model.arch != "megalodon":
-        raise InputError(f"{saved.path}: a step of arch {recipe.model.arch}, a baseline; there is nothing to convert")
+    recipe, store, tokenizer, config = checkpoints.origin_of(saved.path)
     recorded = saved.manifest.get("tokenizer", tokenizer.sha256)
     averaged = recipe.optim.ema is not None
     info = {
         "tokenizer_sha256": recorded,
         "bos": recipe.data.bos,
+        "eos": recipe.data.eos,
         "isolate": recipe.data.isolate,
         "seq_len": recipe.data.seq_len,
         "lr": recipe.optim.lr,

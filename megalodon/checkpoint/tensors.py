@@ -176,12 +176,7 @@ def _read_any_config(directory: Path) -> LanguageModelConfig:
     fields = read_json(path)
     if fields.get("model_type") != "llama":
         return read_config(directory)
-    try:
-        return LlamaConfig.from_hugging_face(fields)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    return _validated(LlamaConfig.from_hugging_face, fields, path)
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -198,19 +193,21 @@ def read_config(directory: Path) -> ModelConfig:
     if unknown := sorted(fields.keys() - ModelConfig.model_fields.keys()):
         known = ", ".join(ModelConfig.model_fields)
         raise CheckpointError(f"{path} has unknown keys: {', '.join(unknown)}; known are {known}")
-    return _validated(ModelConfig, fields, path)
+    return _validated(ModelConfig.model_validate, fields, path)
 
 
 def read_quantisation(directory: Path) -> Quantisation | None:
     """Read from config.json how the matrices are held; None if they are plain. Raises: CheckpointError."""
     path = directory / "config.json"
     fields = read_json(path).get("quantisation")
-    return None if fields is None else _validated(Quantisation, fields, path)
+    return None if fields is None else _validated(Quantisation.model_validate, fields, path)
 
 
-def _validated(kind: type[C], fields: Any, path: Path) -> C:
+def _validated(read: Callable[[Any], C], fields: Any, path: Path) -> C:
     try:
-        return kind.model_validate(fields)
+        return read(fields)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
         raise CheckpointError(f"{path}: {faults}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None

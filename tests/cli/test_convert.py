@@ -65,6 +65,14 @@ def test_a_run_its_steps_and_its_model_are_all_sources() -> None:
     assert "using step 6" in newest.stderr and same(stored(Path("newest")), exported)
 
 
+def test_a_step_says_how_documents_began_and_ended() -> None:
+    assert pretrain("data.eos=false", "data.bos=false", "--stop-at-step", "2").exit_code == 0
+    convert("debug@2", "out")
+    assert (info(Path("out"))["bos"], info(Path("out"))["eos"]) == (False, False)
+    Path("runs/debug/recipe.yaml").unlink()
+    assert "recipe.yaml is missing, so its model is not known" in refused("debug@2", "again")
+
+
 def test_options_reach_the_files() -> None:
     model = save(Path("m"))
     convert("m", "shards", "--shard-size", "20kB", "--dtype", "bf16")
