@@ -8,7 +8,6 @@ read, so it grows with every token. Needs the extra `hf`, imported when a model 
 tokens read before, D width, H heads. Not here: which of the two a recipe or a file means (architectures.py).
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from megalodon.config import Config
 from megalodon.model.attention import document_positions
 from megalodon.model.extras import require
+from megalodon.model.megalodon import check_call, generator_of
 from megalodon_kernels import Backend
 
 INITIAL_STD = 0.02
@@ -192,7 +192,7 @@ class Llama(nn.Module):
 
         Raises: ValueError: a shape does not fit or, on a CPU, an id.
         """
-        self._check(tokens, state, starts)
+        check_call(tokens, None if state is None else len(state.position), starts, self.config.vocab_size)
         B, L = tokens.shape
         before = self.empty_state(B) if state is None else state
         if L == 0:
@@ -255,23 +255,6 @@ class Llama(nn.Module):
         position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
         return LlamaState(position, ((nothing, nothing),) * c.num_layers)
 
-    def _check(self, tokens: Tensor, state: LlamaState | None, starts: Tensor | None) -> None:
-        if tokens.dim() != 2 or not len(tokens) or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"model: tokens are {tuple(tokens.shape)} {tokens.dtype}; expected (B, L) torch.int64 with B ≥ 1"
-            )
-        if state is not None and len(state.position) != len(tokens):
-            raise ValueError(f"model: the state has {len(state.position)} rows but tokens have {len(tokens)}")
-        if starts is not None and (starts.shape != tokens.shape or starts.dtype != torch.bool):
-            raise ValueError(
-                f"model: starts are {tuple(starts.shape)} {starts.dtype}; expected {tuple(tokens.shape)} torch.bool"
-            )
-        if tokens.device.type == "cpu" and tokens.numel():
-            low, high = (int(bound) for bound in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"model: token id {bad} is outside the vocabulary 0 … {self.config.vocab_size - 1}")
-
 
 class LlamaDecoder:
     """One token at a time, with the interface of `Decoder`: a forward pass of length 1 each."""
@@ -302,8 +285,7 @@ def initialise(model: Llama, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        draw = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        draw = generator_of(seed, name)
         with torch.device("cpu"):
             value = torch.randn(parameter.shape, generator=draw)
         parameter.copy_(value * INITIAL_STD)

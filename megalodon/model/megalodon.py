@@ -272,7 +272,9 @@ class Megalodon(nn.Module):
 
     def hidden(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """The same up to the final norm: (B, L) -> (B, L, D), for a loss that never holds all logits."""
-        self._check(tokens, state, starts)
+        check_call(tokens, None if state is None else len(state.position), starts, self.config.vocab_size)
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ValueError(f"model: the state has {len(state.layers)} layers but the model has {len(self.layers)}")
         B, L = tokens.shape
         if L == 0:
             return self.output_weight.new_zeros(B, 0, self.config.model_dim), state or self.empty_state(B)
@@ -347,25 +349,30 @@ class Megalodon(nn.Module):
                 "pass a state that an earlier call returned"
             )
 
-    def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> None:
-        if tokens.dim() != 2 or not len(tokens) or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"model: tokens are {tuple(tokens.shape)} {tokens.dtype}; expected (B, L) torch.int64 with B ≥ 1"
-            )
-        if state is not None and len(state.position) != len(tokens):
-            raise ValueError(f"model: the state has {len(state.position)} rows but tokens have {len(tokens)}")
-        if state is not None and len(state.layers) != len(self.layers):
-            raise ValueError(f"model: the state has {len(state.layers)} layers but the model has {len(self.layers)}")
-        if starts is not None and (starts.shape != tokens.shape or starts.dtype != torch.bool):
-            raise ValueError(
-                f"model: starts are {tuple(starts.shape)} {starts.dtype}; expected {tuple(tokens.shape)} torch.bool"
-            )
-        # On a GPU this would wait for the device at every step; the token store has checked its ids there.
-        if tokens.device.type == "cpu" and tokens.numel():
-            low, high = (int(bound) for bound in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"model: token id {bad} is outside the vocabulary 0 … {self.config.vocab_size - 1}")
+
+def check_call(tokens: Tensor, rows: int | None, starts: Tensor | None, vocab_size: int) -> None:
+    """Raises: ValueError if the arguments of a call do not fit, with what was expected.
+
+    Args:
+        tokens, starts: see `Megalodon.forward`.
+        rows:           of the state that was passed in; None without one.
+    """
+    if tokens.dim() != 2 or not len(tokens) or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"model: tokens are {tuple(tokens.shape)} {tokens.dtype}; expected (B, L) torch.int64 with B ≥ 1"
+        )
+    if rows is not None and rows != len(tokens):
+        raise ValueError(f"model: the state has {rows} rows but tokens have {len(tokens)}")
+    if starts is not None and (starts.shape != tokens.shape or starts.dtype != torch.bool):
+        raise ValueError(
+            f"model: starts are {tuple(starts.shape)} {starts.dtype}; expected {tuple(tokens.shape)} torch.bool"
+        )
+    # On a GPU this would wait for the device at every step; the token store has checked its ids there.
+    if tokens.device.type == "cpu" and tokens.numel():
+        low, high = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"model: token id {bad} is outside the vocabulary 0 … {vocab_size - 1}")
 
 
 @torch.no_grad()
@@ -376,11 +383,16 @@ def initialise(model: Megalodon, seed: int) -> None:
     and the global generator is left alone.
     """
     for name, parameter in model.named_parameters():
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        draw = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        draw = generator_of(seed, name)
         with torch.device("cpu"):  # generators are of the CPU, wherever the model is being built
             value = _initial_value(name, parameter, model.config, draw)
         parameter.copy_(value)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The generator that a parameter is drawn from."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def _initial_value(name: str, parameter: Tensor, config: ModelConfig, draw: torch.Generator) -> Tensor:
