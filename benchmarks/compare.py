@@ -203,12 +203,18 @@ def draw(runs: Runs, recipes: Sequence[str], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def put(text: str, target: Path) -> None:
-    """Replace what stands between the marks of a page. Exits if they are not there."""
-    before, first, rest = target.read_text().partition(MARKS[0])
+def around(target: Path) -> tuple[str, str]:
+    """What stands before and behind the section of a page. Exits if it has no place for one."""
+    before, first, rest = (target.read_text() if target.is_file() else "").partition(MARKS[0])
     _, last, after = rest.partition(MARKS[1])
     if not first or not last:
         sys.exit(f"{target}: no place for the section; expected a line {MARKS[0]} and a line {MARKS[1]}")
+    return before, after
+
+
+def put(text: str, target: Path) -> None:
+    """Replace what stands between the marks of a page."""
+    before, after = around(target)
     target.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
@@ -228,6 +234,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="show what the runs say")
     given = parser.parse_args()
     recipes = (given.recipe, f"{given.recipe}-llama")
+    if given.page:
+        around(given.page)  # not after hours
     given.folder.mkdir(parents=True, exist_ok=True)
     runs = Runs(given)
     if not (given.folder / "data" / "manifest.json").exists():

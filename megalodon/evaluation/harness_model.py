@@ -1,8 +1,8 @@
 """A model as lm-evaluation-harness asks for it: likelihoods of texts, and texts that are written, of any length.
 
 The harness speaks in strings. Documents begin with BOS here if they did in training; a conversation is rendered by the
-model's own template, whose markers travel through the strings between two private characters, so that text which looks
-like a marker stays text. Nothing is ever cut: `truncated_tokens` stays 0.
+model's own template, whose markers travel through the strings as ids behind a key that no text holds, so text that
+looks like a marker stays text. Nothing is ever cut or dropped: `truncated_tokens` stays 0.
 Imported only where the extra `eval` is there. Not here: which tasks, and their scores (harness.py).
 """
 
@@ -26,8 +26,6 @@ NO_LIMIT = 1 << 40
 """What the harness takes for the longest context."""
 MAX_NEW_TOKENS = 256
 """Of a text, where a task does not say; the harness's own default."""
-_OPEN, _CLOSE = "\ue000", "\ue001"
-_MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 
 Told = Callable[[str, int, int], None]
 """Told now and then: what is done, how many of how many."""
@@ -46,6 +44,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         super().__init__()
         self.writer, self.tokens, self.how, self.batch_size, self.told = writer, tokens, how, batch_size, told
         self.truncated_tokens = 0
+        self._key = f"\ue000{writer.tokenizer.sha256[:16]}:"  # the same in every run: samples are logged with it
+        self._mark = re.compile(f"{self._key}([0-9]+)\ue001")
         self.chatting = False
         """Whether a conversation was rendered: then the end of a turn ends a text."""
 
@@ -80,21 +80,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         return self._chat().template.source if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, its markers as ids between private characters.
+        """A conversation as text, its markers as ids behind the key.
 
         Without `add_generation_prompt` its last turn is the assistant's and goes on: what would end it is left out.
         """
         chat, tokenizer = self._chat(), self.writer.tokenizer
-        turns = [{"role": turn["role"], "content": turn["content"].replace(_OPEN, "")} for turn in chat_history]
-        ids = chat.encode(turns, answer=add_generation_prompt).ids
-        if not add_generation_prompt and turns[-1]["role"] == "assistant":
+        ids = chat.encode(chat_history, answer=add_generation_prompt).ids
+        if not add_generation_prompt and chat_history[-1]["role"] == "assistant":
             ids = ids[: max(place for place, token in enumerate(ids) if token in chat.stop_ids)]
         self.chatting = True
         special = tokenizer.special_ids | set(chat.markers.values())
         found, plain = list[str](), list[int]()
         for token in ids:
             if token in special:
-                found += [tokenizer.decode(plain), f"{_OPEN}{token}{_CLOSE}"]
+                found += [tokenizer.decode(plain), f"{self._key}{token}\ue001"]
                 plain = []
             else:
                 plain.append(token)
@@ -104,7 +103,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         """The ids of a text, without BOS: it is put before what is read, once."""
         tokenizer = self.writer.tokenizer
         ids, place = list[int](), 0
-        for mark in _MARK.finditer(string) if self.chatting else ():
+        for mark in self._mark.finditer(string) if self.chatting else ():
             ids += tokenizer.encode_array(string[place : mark.start()], not ids and not place).tolist()
             ids.append(int(mark[1]))
             place = mark.end()

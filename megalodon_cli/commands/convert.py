@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("native", "hf", "ref")
 INT4_GROUP = 64
+SHARD_SIZE = "2GB"
 
 
 def convert(
@@ -44,7 +45,7 @@ def convert(
     ] = "keep",
     shard_size: Annotated[
         str, typer.Option("--shard-size", metavar="SIZE", help="Of the largest file.", rich_help_panel="Output")
-    ] = "2GB",
+    ] = SHARD_SIZE,
     quantize: Annotated[
         Literal["int8", "int4"] | None,
         typer.Option("--quantize", help="Hold the matrices as small integers.", rich_help_panel="Output"),
@@ -84,6 +85,10 @@ def convert(
     if inspect:
         if target is not None:
             raise InputError(f"--inspect writes nothing, but DST is {target}; expected SRC alone")
+        given = {"--to": to != "native", "--dtype": dtype != "keep", "--shard-size": shard_size != SHARD_SIZE}
+        given |= {"--quantize": quantize is not None, "--no-verify": no_verify, "--merge": merge}
+        if unheeded := [option for option, there in given.items() if there]:
+            raise InputError(f"{unheeded[0]} does nothing with --inspect, which writes nothing; leave it out")
         with conversion_source.open_given(source, base_directory, verify=False) as found:
             _show(found)
         return

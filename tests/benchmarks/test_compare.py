@@ -65,6 +65,16 @@ def test_what_has_ended_is_kept_and_not_trained_again(compare: ModuleType, train
     assert len(trained) == count == len(json.loads((tmp_path / "found.json").read_text())["runs"])
 
 
+def test_a_page_without_a_place_is_refused_before_anything_is_trained(
+    compare: ModuleType, trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = ["--page", str(tmp_path / "none.md"), "--out", str(tmp_path / "x.json"), "--folder", str(tmp_path / "r")]
+    monkeypatch.setattr("sys.argv", ["compare.py", *options])
+    with pytest.raises(SystemExit, match="no place for the section"):
+        compare.main()
+    assert not trained
+
+
 def test_a_run_that_fails_ends_it_and_loses_none(compare: ModuleType, trained: list[str], tmp_path: Path):
     runs, pretend = compare.Runs(given(tmp_path, jobs=1)), compare.megalodon
 

@@ -164,6 +164,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "format": (["m", "out", "--to", "onnx"], "--to onnx: expected one of native, hf, ref"),
     "no DST": (["m"], "m: DST is missing; expected megalodon convert SRC DST, or --inspect SRC"),
     "DST of a look": (["--inspect", "m", "out"], "--inspect writes nothing, but DST is out"),
+    "a form of a look": (["--inspect", "m", "--to", "hf"], "--to does nothing with --inspect, which writes nothing"),
+    "a merge of a look": (["--inspect", "m", "--merge"], "--merge does nothing with --inspect"),
     "taken": (["m", "m"], "m already exists; choose another directory or remove it"),
     "inside SRC": (["m", "m/out"], "m/out lies inside m, which is only read; choose a place beside it"),
     "below a file": (["m", "m/config.json/out"], "config.json is no directory; choose another place"),

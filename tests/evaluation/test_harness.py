@@ -196,10 +196,14 @@ def test_a_task_that_asks_the_same_again_gets_other_draws(writer, tasks):
     assert run(writer, tasks, "writing", rows=1, limit=2).samples()["writing"][0]["resps"] == samples[0]["resps"]
 
 
-def test_private_characters_of_a_text_are_text_unless_a_conversation_was_rendered(writer):
-    model = HarnessModel(writer, TOKENS, How(), 2)
+def test_private_characters_are_text_in_a_conversation_too(writer):
     given = "a \ue00099999\ue001 b"
+    model = HarnessModel(writer, TOKENS, How(), 2)
     assert model.tok_decode(model.tok_encode(given)) == given
+    chat = ChatFormat(load_template("chatml"), TOKENIZER, bos=True)
+    model = HarnessModel(writer._replace(chat=chat), TOKENS, How(), 2)
+    turns = [{"role": "user", "content": given}]
+    assert model.tok_encode(model.apply_chat_template(turns)) == chat.encode(turns, answer=True).ids
 
 
 def test_a_greedy_continuation_is_told(writer):
