@@ -86,8 +86,9 @@ def test_six_files_from_verb_to_kernel(monkeypatch, tmp_path, repository):
 
 
 def fresh(*code: str) -> str:
-    """Run Python code in a fresh process and return what it prints."""
-    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, check=True)
+    """Run Python code in a fresh process and return what it prints; it must succeed."""
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
