@@ -10,7 +10,8 @@ BASE = {"errors", "config"}
 RUNS = BASE | {"model", "data", "checkpoint", "parallel"}
 MAY = {  # a part -> the parts it may import
     "megalodon_kernels": set(), "errors": set(), "config": {"errors"}, "data": BASE,
-    "model": BASE | {"megalodon_kernels"}, "parallel": BASE | {"model"}, "checkpoint": BASE | {"model"},
+    "model": BASE | {"megalodon_kernels"}, "parallel": BASE | {"model", "megalodon_kernels"},
+    "checkpoint": BASE | {"model"},
     "interop": BASE | {"model", "data", "checkpoint"}, "training": RUNS, "inference": RUNS,
     "evaluation": RUNS | {"inference"}, "profiling": RUNS | {"training", "inference", "megalodon_kernels"},
     "recipe": RUNS | {"training", "inference", "evaluation"},

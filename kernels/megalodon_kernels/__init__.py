@@ -8,7 +8,12 @@ from megalodon_kernels.norm import layer_norm, rms_norm
 from megalodon_kernels.qk_rope import qk_rope
 from megalodon_kernels.swiglu import swiglu
 from megalodon_kernels.timestep_norm import timestep_norm
-from megalodon_kernels.timestep_norm.statistics import Statistics, no_statistics
+from megalodon_kernels.timestep_norm.statistics import (
+    Statistics,
+    merged_statistics,
+    no_statistics,
+    statistics_of,
+)
 
 __all__ = [
     "Backend",
@@ -19,9 +24,11 @@ __all__ = [
     "chunk_attention",
     "layer_norm",
     "linear_cross_entropy",
+    "merged_statistics",
     "no_statistics",
     "qk_rope",
     "rms_norm",
+    "statistics_of",
     "swiglu",
     "timestep_norm",
     "use_backend",

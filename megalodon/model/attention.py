@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalodon.model.layers import Float32Module
+from megalodon.model.state import Prefix
 from megalodon_kernels import Backend, chunk_attention
 
 
@@ -21,6 +22,7 @@ class Place(NamedTuple):
         starts:  (B, L) bool or None: True at the first token of a document.
         longest: tokens in the fullest open chunk after this call, known to the host.
         turn:    (B or 1, L, Z/H/2, 2): cosine and sine by which each token's queries and keys turn.
+        prefix:  says what came before, if the call is a piece of a sequence; None: the state does.
     """
 
     before: Tensor | None
@@ -28,6 +30,7 @@ class Place(NamedTuple):
     starts: Tensor | None
     longest: int
     turn: Tensor
+    prefix: Prefix | None = None
 
 
 class Rotary(Float32Module):
@@ -94,6 +97,8 @@ class ChunkAttention(nn.Module):
         The keys and values of the chunk that is still open come back for the next call.
         """
         open_k, open_v = open_chunk or (None, None)
+        if place.prefix is not None:
+            k, v, open_k, open_v = place.prefix.open_chunk(k, v, open_chunk)
         y, open_k, open_v = chunk_attention(
             q,
             k,

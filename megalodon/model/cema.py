@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megalodon.model.layers import Float32Module
+from megalodon.model.state import Prefix
 from megalodon_kernels import Backend, cema
 
 
@@ -28,10 +29,27 @@ class Cema(Float32Module):
         self.gamma = nn.Parameter(torch.empty(model_dim, num_states, 2))
         self.omega = nn.Parameter(torch.empty(model_dim, 1))
 
-    def forward(self, x: Tensor, h: Tensor | None = None, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, L, D), state (B, D, N, 2) -> (B, L, D), the next state; see `megalodon_kernels.cema`."""
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor | None = None,
+        starts: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, L, D), state (B, D, N, 2) -> (B, L, D), the next state; see `megalodon_kernels.cema`.
+
+        prefix: says what the state before x is, if x is a piece of a sequence and `h` is before all of it.
+        """
         p, log_decay, angle, gamma = self.coefficients()
-        y, h = cema(x, p, log_decay, angle, gamma, self.omega[:, 0], h, starts, backend=self.backend)
+        coefficients = p, log_decay, angle, gamma, self.omega[:, 0]
+        if prefix is None:
+            y, h = cema(x, *coefficients, h, starts, backend=self.backend)
+        else:
+            # Linear in x and the state: no rank waits for another before its own tokens are averaged.
+            y, own = cema(x, *coefficients, None, starts, backend=self.backend)
+            before = prefix.averages(own, log_decay, angle, h)
+            remembered, left = cema(torch.zeros_like(x), *coefficients, before, starts, backend=self.backend)
+            y, h = y + remembered, own + left
         # A carried state is rounded once per call: on a CPU, where float64 is cheap, millions of calls must not add up.
         return y, h.double() if h.device.type == "cpu" else h
 

@@ -19,7 +19,7 @@ from megalodon.model.attention import ChunkAttention, Place, Rotary, document_po
 from megalodon.model.cema import Cema
 from megalodon.model.feed_forward import FeedForward
 from megalodon.model.layers import Embedding, Float32Module, Linear, QuantisedLinear, RMSNorm
-from megalodon.model.state import LayerState, State
+from megalodon.model.state import LayerState, Prefix, State
 from megalodon.model.timestep_norm import TimestepNorm
 from megalodon_kernels import Backend, qk_rope, swiglu
 from megalodon_kernels.chunk_attention.open_chunk import open_lengths
@@ -182,8 +182,8 @@ class Mega(Float32Module):
 
     def forward(self, x: Tensor, place: Place, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """(B, L, D) -> (B, L, D), the state after it."""
-        u, norm = self.timenorm(x, state and state.norm, place.starts)
-        ema, h = self.cema(u, state and state.cema, place.starts)
+        u, norm = self.timenorm(x, state and state.norm, place.starts, place.prefix)
+        ema, h = self.cema(u, state and state.cema, place.starts, place.prefix)
         m = dropout(self.rmsnorm(ema), self.hidden_dropout, self.training)
         v = swiglu(self.wv(u), backend=self.backend).unflatten(-1, (self.num_heads, -1))
         z = self.wz(m)
@@ -270,15 +270,25 @@ class Megalodon(nn.Module):
         logits = nn.functional.linear(hidden, self.output_weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), state
 
-    def hidden(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
-        """The same up to the final norm: (B, L) -> (B, L, D), for a loss that never holds all logits."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        starts: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> tuple[Tensor, State]:
+        """The same up to the final norm: (B, L) -> (B, L, D), for a loss that never holds all logits.
+
+        prefix: if the tokens are a piece of a sequence of which other ranks read the rest; the state is that before all
+                of it, and the one returned is that behind the piece.
+        """
         check_call(tokens, None if state is None else len(state.position), starts, self.config.vocab_size)
         if state is not None and len(state.layers) != len(self.layers):
             raise ValueError(f"model: the state has {len(state.layers)} layers but the model has {len(self.layers)}")
         B, L = tokens.shape
         if L == 0:
             return self.output_weight.new_zeros(B, 0, self.config.model_dim), state or self.empty_state(B)
-        place = self._place(tokens, state, starts)
+        place = self._place(tokens, state, starts, prefix)
         x = self.embed(tokens)
         if self.config.scale_emb:
             x = x * math.sqrt(self.config.model_dim)
@@ -287,7 +297,7 @@ class Megalodon(nn.Module):
         for i, block in enumerate(self.layers):
             x, after = block(x, place, state and state.layers[i])
             layers.append(after)
-        x, norm = self.output.final_norm(x, state and state.norm, place.starts)
+        x, norm = self.output.final_norm(x, state and state.norm, place.starts, prefix)
         return x, State(place.after, tuple(layers), norm)
 
     @property
@@ -325,20 +335,21 @@ class Megalodon(nn.Module):
         )
         return State(empty(dtype=torch.int64), layers, norm)
 
-    def _place(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> Place:
+    def _place(self, tokens: Tensor, state: State | None, starts: Tensor | None, prefix: Prefix | None) -> Place:
         """What all layers share. With the kernels a GPU is waited for here alone: for a state and its starts."""
         (B, L), C = tokens.shape, self.config.chunk_size
-        read = torch.zeros(B, dtype=torch.int64, device="cpu") if state is None else state.position.cpu()
-        if state is not None:
+        past = prefix or state
+        before = None if past is None else past.position.to(tokens.device)
+        read = torch.zeros(B, dtype=torch.int64, device="cpu") if past is None else past.position.cpu()
+        if state is not None and prefix is None:
             self._check_open_chunk(read % C, state)
         longest = int(open_lengths(read % C, None if starts is None else starts.cpu(), C, L).max())
         starts = None if starts is None else starts.to(tokens.device)
-        before = None if state is None else state.position
         origin = tokens.new_zeros(1) if before is None else before
         position = document_positions(origin[:1] if bool((read == read[0]).all()) else origin, starts, L)
         after = (position[:, -1] + 1).expand(B)
         turn = torch.view_as_real(self.rope(position, C)[:, :, 0])
-        return Place(before, after, starts, longest, turn)
+        return Place(before, after, starts, longest, turn, prefix)
 
     def _check_open_chunk(self, filled: Tensor, state: State) -> None:
         """Here, once, for the attention of every layer, which then trusts it."""

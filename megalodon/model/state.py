@@ -1,11 +1,13 @@
 """The streaming state of the model as values: everything it remembers of what it has read.
 
 Its size depends on the model and the chunk size alone, never on how much was read. Nothing here is modified in place,
-so a state can be kept, copied and branched. Not here: how it moves (the layers), its file format.
+so a state can be kept, copied and branched. Where several ranks read one sequence, each a piece, what came before a
+piece is not there when the call begins: every layer asks its `Prefix`. Not here: how a state moves (the layers), how
+ranks answer (megalodon/parallel/chunk.py), its file format.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +73,34 @@ class State(NamedTuple):
 
         self.map(count)
         return sum(sizes)
+
+
+class Prefix(Protocol):
+    """What came before a piece of a sequence, asked layer by layer with what the piece says by itself.
+
+    Every rank that reads a piece of the same sequence asks the same questions in the same order. `carried` is the state
+    before the whole sequence, the same on all of them; None means nothing was read yet.
+    """
+
+    position: Tensor
+    """(B,) int64: tokens of the current document before the piece."""
+
+    def statistics(self, own: Statistics, carried: Statistics | None) -> Statistics:
+        """The statistics before the piece; `own`: what its tokens since the last document start say by themselves."""
+
+    def averages(self, own: Tensor, log_decay: Tensor, angle: Tensor, carried: Tensor | None) -> Tensor:
+        """The complex averages (B, D, N, 2) before the piece; `own`: those behind it that began at zero before it.
+
+        log_decay, angle: (D, N) float64, as `megalodon_kernels.cema` takes them.
+        """
+
+    def open_chunk(
+        self, k: Tensor, v: Tensor, carried: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values of the chunk that is open before the piece, (B, P, H, ·), behind those given.
+
+        k, v: (B, L, H, ·) of the piece. They are returned too and take the place of those that were given.
+        """
 
 
 def stack_states(states: Sequence[State]) -> State:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from megalodon.model.layers import Float32Module
-from megalodon_kernels import Backend, Statistics, no_statistics, timestep_norm
+from megalodon.model.state import Prefix
+from megalodon_kernels import Backend, Statistics, no_statistics, statistics_of, timestep_norm
 
 
 class TimestepNorm(Float32Module):
@@ -32,9 +33,18 @@ class TimestepNorm(Float32Module):
         self.register_buffer("prior_logv", torch.zeros(num_groups))
 
     def forward(
-        self, x: Tensor, state: Statistics | None = None, starts: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Statistics | None = None,
+        starts: Tensor | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Tensor, Statistics]:
-        """(B, L, D), statistics -> (B, L, D), the next statistics; see `megalodon_kernels.timestep_norm`."""
+        """(B, L, D), statistics -> (B, L, D), the next statistics; see `megalodon_kernels.timestep_norm`.
+
+        prefix: says what the statistics before x are, if x is a piece of a sequence and `state` is before all of it.
+        """
+        if prefix is not None:
+            state = prefix.statistics(statistics_of(x, self.num_groups, starts), state)
         return timestep_norm(
             x, self.weight, self.bias, self.num_groups, state, starts, eps=self.eps, backend=self.backend
         )
