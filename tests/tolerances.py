@@ -45,6 +45,14 @@ GRADIENTS = {
 }
 """Two ways to the same parameter gradients, relative."""
 
+PARALLEL_LOSS = {torch.float32: 1e-6, torch.float64: 1e-10}
+"""Several ranks = one, mean loss, relative: as many sums as one rank forms, in another order."""
+PARALLEL_GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""The same for each named gradient; see GRADIENTS for float32."""
+PARALLEL_STEPS = 1e-9
+"""The same for parameters and moments after three steps of AdamW in float64. It divides a gradient by its own size, so
+that an error of 1e-12 in one near zero comes back larger."""
+
 GOLDEN_HIDDEN = 2e-5
 """Recorded hidden values (float32 run), relative; the recording itself is off by 2.4e-6."""
 GOLDEN_LOGITS = {torch.float32: 2e-5, torch.float64: 1e-11}
