@@ -26,7 +26,7 @@ from megalodon.checkpoint.saver import Commit, Saver
 from megalodon.checkpoint.store import CheckpointConfig, step_path
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon
-from megalodon.training.host_memory import keep_freed_memory
+from megalodon.training.host import keep_freed_memory
 from megalodon.training.optim import build_optimizer, optimizer_tensors
 from megalodon_cli import recipe_files
 
@@ -55,7 +55,7 @@ def trainer(recipe: str, changes: list[str]) -> tuple[Callable[[], None], dict[s
     config = recipe_files.load([recipe], changes).pretraining()
     model_config = config.model_config_for(config.padded_vocab_size())
     model = Megalodon(model_config)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(dict(model.named_parameters()), config.optim)
     tokens = torch.randint(model_config.vocab_size, (max(1, 8192 // config.data.seq_len), config.data.seq_len))
 
     def step() -> None:

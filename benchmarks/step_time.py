@@ -16,7 +16,7 @@ import torch
 
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon
-from megalodon.training.host_memory import keep_freed_memory
+from megalodon.training.host import keep_freed_memory
 from megalodon.training.optim import build_optimizer
 from megalodon_cli import recipe_files
 
@@ -54,7 +54,7 @@ def measure(recipe: str, changes: list[str], keep: bool) -> float:
     config = recipe_files.load([recipe], changes).pretraining()
     model_config = config.model_config_for(config.padded_vocab_size())
     model = Megalodon(model_config)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(dict(model.named_parameters()), config.optim)
     rows = 8192 // config.data.seq_len
     tokens = torch.randint(model_config.vocab_size, (rows, config.data.seq_len))
     starts = torch.zeros(tokens.shape, dtype=torch.bool)
