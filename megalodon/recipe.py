@@ -49,9 +49,10 @@ from megalodon.model.adapters import LoraConfig
 from megalodon.model.architectures import LanguageModelConfig
 from megalodon.model.llama import LlamaConfig
 from megalodon.model.megalodon import PRESETS, ModelConfig
+from megalodon.parallel.layout import ParallelConfig
 from megalodon.training.metrics import LogConfig
 from megalodon.training.optim import OptimConfig
-from megalodon.training.plan import ParallelConfig, TrainConfig
+from megalodon.training.plan import TrainConfig
 
 SCHEMA: Final = 1
 """The version of the recipe format that this code reads."""

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,8 +24,18 @@ TRITON_IS_HERE = importlib.util.find_spec("triton") is not None
 """It is installed on Linux alone."""
 
 _instead_of_auto: Backend = "auto"  # a plain global: torch.compile cannot read a ContextVar
+_assumed: "Card | None" = None
 _reported: set[tuple[str, str]] = set()
 _log = logging.getLogger("megalodon_kernels")
+
+
+class Card(NamedTuple):
+    """What the kernels ask of a GPU."""
+
+    capability: tuple[int, int]
+    """Compute capability."""
+    shared_memory: int
+    """Bytes that a block of threads may take."""
 
 
 class KernelError(RuntimeError):
@@ -56,7 +66,7 @@ def choose(
     if backend == "auto":
         backend = _instead_of_auto
     if backend == "auto":
-        fits = device.type == "cuda" and _obstacle(device, dtype, unfit, shared_memory) is None
+        fits = (device.type == "cuda" or assumes()) and _obstacle(device, dtype, unfit, shared_memory) is None
         chosen = "triton" if fits else "portable"
         _report(op, chosen, device)
         return chosen
@@ -69,13 +79,13 @@ def _obstacle(device: torch.device, dtype: torch.dtype, unfit: str | None, share
     """What keeps Triton from running a call; None if nothing does."""
     if not TRITON_IS_HERE:
         return "Triton is not installed (pip install triton)"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+    if device.type == "cuda" or _assumed:
+        capability = _assumed.capability if _assumed else torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
             return f"the device has compute capability {capability[0]}.{capability[1]}, expected 8.0 or above"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"the dtype is {dtype}, expected float32 or bfloat16"
-        available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        available = _assumed.shared_memory if _assumed else _shared_memory(device)
         if shared_memory > available:
             return f"its kernels take {shared_memory >> 10} KiB of shared memory, the device has {available >> 10}"
     elif not INTERPRETED:
@@ -83,9 +93,33 @@ def _obstacle(device: torch.device, dtype: torch.dtype, unfit: str | None, share
     return unfit
 
 
+def _shared_memory(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def assume(card: Card) -> Iterator[None]:
+    """Inside, tensors without values are treated as if they lay on such a GPU: what runs there is asked for its shapes.
+
+    For a plan made on another machine; a tensor with values must not come here.
+    """
+    global _assumed
+    before, _assumed = _assumed, card
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def assumes() -> bool:
+    """Whether a GPU is assumed; see `assume`."""
+    return _assumed is not None
+
+
 def _report(op: str, chosen: str, device: torch.device) -> None:
-    # Under torch.compile a log call would break the graph.
-    if (op, chosen) not in _reported and not torch.compiler.is_compiling():
+    # Under torch.compile a log call would break the graph; a GPU that is assumed runs nothing.
+    if (op, chosen) not in _reported and not assumes() and not torch.compiler.is_compiling():
         _reported.add((op, chosen))
         _log.info("%s: backend %s on %s", op, chosen, device)
 

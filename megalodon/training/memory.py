@@ -18,8 +18,10 @@ from torch import Tensor
 from megalodon.errors import OutOfMemory
 from megalodon.model.adapters import trainable
 from megalodon.model.architectures import LanguageModel, LanguageModelConfig, build_model
-from megalodon.model.loss import loss_sums
+from megalodon.training.activations import PARTS, kept_by_part, pass_loss
 from megalodon.training.execution import recompute
+from megalodon.training.metrics import peak_memory
+from megalodon.training.optim import OptimConfig
 from megalodon.training.plan import MICRO_TOKENS, Needs, Plan
 
 MARGIN = 1.25
@@ -57,6 +59,9 @@ def fitted(
     Raises:
         OutOfMemory: not even one window fits.
     """
+    if plan.layout.world_size > 1:  # what one process would need says little of what each of several does
+        fits = micro_rows and plan.rank_rows % micro_rows == 0
+        return replace(plan, micro_rows=micro_rows) if micro_rows and fits else plan
     with explained(plan), _untouched(plan.device):
         with explained(plan, building=True):
             model = _built(model_config, plan, build)
@@ -94,7 +99,8 @@ def explained(plan: Plan, *, building: bool = False) -> Iterator[None]:
         said = said or "Python found none"
         if building:
             raise OutOfMemory(f"out of memory on {plan.device}: {said}", "a smaller model") from error
-        raise _no_room(plan, said) from error
+        used = f"at most {peak_memory(plan.device) / _GIB:.2f} GiB were in use"
+        raise _no_room(plan, f"{said}; {used}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -104,23 +110,32 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _no_room(plan: Plan, said: str) -> OutOfMemory:
-    """What was asked for, what was planned, and three edits with what each would need; all derived."""
+    """What was asked for, what was planned, which parts keep the most, and three edits with what each would need."""
     message = f"out of memory on {plan.device}: {said}"
-    edits: list[str] = []
     if needs := plan.needs:
         parts = {"activations": needs.window * plan.micro_rows, "weights and gradients": needs.weights}
         parts |= {"optimizer": needs.optimizer, "loss": needs.loss}
         shown = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in sorted(parts.items(), key=lambda p: -p[1]))
         message += f"; planned {needs.total(plan.micro_rows) / _GIB:.2f} GiB: {shown}"
-    if plan.micro_rows > 1:
-        half = max(n for n in range(1, plan.micro_rows) if plan.rows % n == 0)
-        edits.append(_edit(f"train.micro_batch={half}", needs and needs.total(half)))
-    if plan.config.recompute != "block":
-        edits.append(_edit("train.recompute=block", needs and needs.total(plan.micro_rows, recomputed=True)))
-    if plan.seq_len % 2 == 0:
-        shorter = needs and needs._replace(window=needs.window // 2).total(plan.micro_rows)
-        edits.append(_edit(f"data.seq_len={plan.seq_len // 2}", shorter))
+        if largest := [f"{PARTS[name]} {size * plan.micro_rows / _GIB:.2f}" for name, size in needs.kept[:4]]:
+            message += f"; activations by part: {', '.join(largest)}"
+    edits = [_edit(change, needs and smaller(needs)) for change, smaller in _edits(plan)]
     return OutOfMemory(message, " · ".join([*edits, "a smaller model"][:3]))
+
+
+def _edits(plan: Plan) -> Iterator[tuple[str, Callable[[Needs], int]]]:
+    """Changes of the recipe that need less, those first that change least of what is trained; all derived."""
+    rows = plan.micro_rows
+    if rows > 1:
+        half = max(n for n in range(1, rows) if plan.rows % n == 0)
+        yield f"train.micro_batch={half}", lambda needs: needs.total(half)
+    if plan.config.recompute != "block":
+        yield "train.recompute=block", lambda needs: needs.total(rows, recomputed=True)
+    if plan.seq_len % 2 == 0:
+        shorter = plan.seq_len // 2
+        yield f"data.seq_len={shorter}", lambda needs: needs._replace(window=needs.window // 2).total(rows)
+    if plan.optim.ema is not None:  # an average is as large as one of AdamW's two moments
+        yield "optim.ema=null", lambda needs: needs.total(rows) - needs.optimizer // 2
 
 
 def _edit(change: str, size: int | None) -> str:
@@ -147,10 +162,7 @@ def _built(model_config: LanguageModelConfig, plan: Plan, build: Callable[[Langu
 
 def _loss(model: LanguageModel, plan: Plan, rows: int) -> Tensor:
     tokens = torch.zeros(rows, plan.seq_len, dtype=torch.int64, device=plan.device)
-    with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
-        hidden, _ = model.hidden(tokens)
-        sums = loss_sums(hidden, model.output_weight, tokens, plan.config.loss_chunk, backend=model.backend)
-        return sums.objective
+    return pass_loss(model, tokens, None, bf16=plan.bf16, loss_chunk=plan.config.loss_chunk)
 
 
 def _fits(model: LanguageModel, plan: Plan, rows: int) -> bool:
@@ -173,33 +185,51 @@ def _fits(model: LanguageModel, plan: Plan, rows: int) -> bool:
 
 def _measured(model: LanguageModel, plan: Plan) -> Needs:
     """Needs of a run: one window is passed forward and what autograd keeps of it is counted, each storage once."""
-    window = kept_bytes(model, lambda: _loss(model, plan, 1))
-    count, layers = sum(p.numel() for p in trainable(model).values()), model.config.num_layers
+    kept = kept_by_part(model, lambda: _loss(model, plan, 1))
+    layers, rows = model.config.num_layers, min(plan.config.loss_chunk, plan.rows * plan.seq_len)
+    count = sum(p.numel() for p in trainable(model).values())
+    output = 4 * model.output_weight.numel()
+    output = output if model.output_weight.requires_grad else 0
+    window = sum(kept.values()) - output  # its gradient is kept once, however many windows there are
     inputs = layers * plan.seq_len * model.config.model_dim * 4
     block = window if plan.config.recompute == "block" else min(window, inputs + window // layers)
-    logits = 2 * min(plan.config.loss_chunk, plan.rows * plan.seq_len) * model.config.num_outputs * 4
+    weights, moments, averages = state_bytes(count, plan.optim)
+    triton = plan.device.type == "cuda"
+    logits = logits_bytes(rows, model.config.num_outputs, model.config.model_dim, bf16=plan.bf16, written_over=triton)
     return Needs(
-        weights=4 * model.num_parameters() + (4 if plan.optim.ema is None else 8) * count,
-        optimizer=8 * count,
-        loss=logits + 4 * model.output_weight.numel(),
+        weights=4 * model.num_parameters() + weights + averages,
+        optimizer=moments,
+        loss=logits + output,
         window=round(MARGIN * window),
         window_recomputed=round(MARGIN * block),
+        kept=tuple(sorted(kept.items(), key=lambda part: -part[1])),
     )
 
 
-def kept_bytes(model: LanguageModel, forward: Callable[[], Tensor]) -> int:
-    """Return the bytes that autograd keeps of a forward pass for its backward pass, without the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # or a freed storage would lend its address to the next
+def state_bytes(count: int, optim: OptimConfig) -> tuple[int, int, int]:
+    """Return the bytes of trained parameters (or of their gradients), of AdamW's moments, and of averaged weights."""
+    return 4 * count, 8 * count, 0 if optim.ema is None else 4 * count
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor.detach())
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(kept.values())
+def checkpoint_bytes(parameters: int, trained: int, optim: OptimConfig) -> int:
+    """Return the bytes of the tensors of a checkpoint, in float32: weights, moments, averages; headers not counted.
+
+    Args:
+        parameters: that a checkpoint holds: all of a model, or its adapters.
+        trained:    those of them that have moments.
+    """
+    _, moments, averages = state_bytes(trained, optim)
+    return 4 * parameters + moments + averages
+
+
+def logits_bytes(tokens: int, classes: int, width: int, *, bf16: bool, written_over: bool) -> int:
+    """Return the bytes of the logits of so many tokens and of what stands beside them.
+
+    Args:
+        width:        D, of the hidden states.
+        written_over: the kernel of a GPU makes their gradient in place, in the dtype of the product; the portable path
+                      has them in float32 too.
+    """
+    if not bf16:
+        return 4 * tokens * classes
+    return (2 if written_over else 6) * tokens * classes + 2 * classes * width

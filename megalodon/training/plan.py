@@ -5,6 +5,7 @@
 Not here: doing it (loop.py), the learning rate of a step (schedule.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from pydantic import Field
 from megalodon.checkpoint.store import CheckpointConfig
 from megalodon.config import Config, Count, InvalidRecipe, Place, Problem, show
 from megalodon.errors import EnvironmentFault, InputError, RecipeError
+from megalodon.parallel.layout import ONE, Layout, ParallelConfig, check_layout, resolve_layout
 from megalodon.training.guard import GuardConfig
 from megalodon.training.metrics import LogConfig
 from megalodon.training.optim import OptimConfig
@@ -60,19 +62,6 @@ class TrainConfig(Config):
     """What happens to a step that looks wrong."""
 
 
-class ParallelConfig(Config):
-    """How a run is laid out over devices (the `parallel:` section of a recipe)."""
-
-    dp_replicate: int = Field(default=1, ge=1)
-    """Whole copies of the model."""
-    dp_shard: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
-    """Devices that share one copy; all = those the other three leave."""
-    cp: int = Field(default=1, ge=1)
-    """Devices that share one sequence (chunk parallelism)."""
-    tp: int = Field(default=1, ge=1)
-    """Devices that share one layer."""
-
-
 class Needs(NamedTuple):
     """Bytes of its device that a run needs; the windows' are measured on one (memory.py), the others derived."""
 
@@ -85,6 +74,8 @@ class Needs(NamedTuple):
     """Of each window of a pass."""
     window_recomputed: int
     """The same with `recompute: block`; derived."""
+    kept: tuple[tuple[str, int], ...] = ()
+    """Part of the model -> bytes that it keeps of a window for the pass back, largest first (activations.PARTS)."""
 
     def total(self, rows: int, *, recomputed: bool = False) -> int:
         """Return the bytes of a run whose passes have so many windows."""
@@ -104,14 +95,21 @@ class Plan:
     """Optimizer steps."""
     seq_len: int
     rows: int
-    """Windows of a step."""
+    """Windows of a step, all ranks together."""
     micro_rows: int
-    """Windows of a forward pass; divides `rows`."""
+    """Windows of a forward pass; divides `rank_rows`."""
     device: torch.device
     bf16: bool
     """Matrix products in bfloat16 through autocast; parameters, sums and the optimizer stay float32."""
     needs: Needs | None = None
     """What it takes of the device's memory; None until it was measured."""
+    layout: Layout = ONE
+    """Of the ranks that train together."""
+
+    @property
+    def rank_rows(self) -> int:
+        """Windows of a step that a rank reads, or has a piece of."""
+        return self.rows // self.layout.data_ranks
 
     @property
     def batch_tokens(self) -> int:
@@ -129,20 +127,26 @@ def make_plan(
     seq_len: int,
     windows: int,
     device: str = "auto",
+    world_size: int = 1,
+    chunk_size: int | None = None,
+    split: Mapping[str, int] | None = None,
+    dropout: bool = False,
 ) -> Plan:
     """Work out horizon, batch and arithmetic of a run.
 
     Args:
-        seq_len: tokens of a window.
-        windows: training windows of an epoch.
-        device:  auto, cpu, cuda or cuda:N.
+        seq_len:    tokens of a window.
+        windows:    training windows of an epoch.
+        device:     auto, cpu, cuda or cuda:N.
+        world_size: processes that train together.
+        chunk_size, split, dropout: of the model; see `check_layout`.
     Raises:
         InvalidRecipe: values that this version cannot honour, each by its key.
         RecipeError: numbers that do not go together; each is named.
         EnvironmentFault: the device is not there.
     """
     place = device_named(device)
-    _refuse_unsupported(config, optim, checkpoint, log, parallel, place)
+    _refuse_unsupported(config, place)
     if config.seq_len_warmup:
         check_warmup(config.seq_len_warmup, seq_len)
     rows, rest = divmod(config.batch_tokens, seq_len)
@@ -150,13 +154,30 @@ def make_plan(
         nearest = " and ".join(f"{n * seq_len:,}" for n in (rows, rows + 1) if n)
         sizes = f"train.batch_tokens {config.batch_tokens:,} is not a multiple of data.seq_len {seq_len:,}"
         raise RecipeError(f"{sizes}; nearest: {nearest}")
-    limit = max(1, MICRO_TOKENS[place.type] // seq_len)
-    micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= limit)
-    if config.micro_batch != "auto":
-        micro = config.micro_batch
-        if rows % micro:
-            fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-            raise RecipeError(f"train.micro_batch {micro} does not divide the {rows} sequences of a step; fits: {fits}")
+    layout = resolve_layout(parallel, world_size)
+    given = None if config.micro_batch == "auto" else config.micro_batch
+    check_layout(
+        layout,
+        seq_len=seq_len,
+        chunk_size=chunk_size,
+        batch_tokens=config.batch_tokens,
+        micro_batch=given,
+        split=split,
+        dropout=dropout,
+    )
+    if layout.tp > 1 and config.compile not in ("auto", False):
+        said = f"train.compile {show(config.compile)} with parallel.tp {layout.tp}"
+        raise RecipeError(f"{said}: parts of a layer exchange features, which is not compiled; expected auto or false")
+    if layout.cp > 1 and config.compile == "block":
+        said = f"train.compile block with parallel.cp {layout.cp}"
+        raise RecipeError(f"{said}: blocks exchange states, which is not compiled; expected auto, true or false")
+    shortest, piece = config.seq_len_warmup, layout.cp * (chunk_size or 1)
+    if shortest and layout.cp > 1 and shortest.start % piece:
+        whole = f"parallel.cp {layout.cp} x model.chunk_size {chunk_size:,} = {piece:,}"
+        raise RecipeError(f"train.seq_len_warmup.start {shortest.start:,} is not a multiple of {whole}")
+    rank_rows = rows // layout.data_ranks
+    limit = max(1, MICRO_TOKENS[place.type] * layout.cp // seq_len)
+    micro = given or max(n for n in range(1, rank_rows + 1) if rank_rows % n == 0 and n <= limit)
     horizon = horizon_steps(
         max_steps=config.max_steps,
         max_tokens=config.max_tokens,
@@ -165,7 +186,7 @@ def make_plan(
         epoch_tokens=windows * seq_len,
     )
     bf16 = config.precision == "bf16-mixed" or (config.precision == "auto" and place.type == "cuda")
-    return Plan(config, optim, checkpoint, log, horizon, seq_len, rows, micro, place, bf16)
+    return Plan(config, optim, checkpoint, log, horizon, seq_len, rows, micro, place, bf16, layout=layout)
 
 
 def device_named(name: str) -> torch.device:
@@ -183,23 +204,12 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def _refuse_unsupported(
-    config: TrainConfig,
-    optim: OptimConfig,
-    checkpoint: CheckpointConfig,
-    log: LogConfig,
-    parallel: ParallelConfig,
-    device: torch.device,
-) -> None:
+def _refuse_unsupported(config: TrainConfig, device: torch.device) -> None:
     """Raises: InvalidRecipe with a problem for each value that this version would otherwise ignore."""
     gpu = device.type == "cuda"
     values: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("train.precision", config.precision, ("auto", "bf16-mixed", "fp32")),
         ("train.backend", config.backend, ("auto", "portable", "reference", *(["triton"] if gpu else []))),
-        ("parallel.dp_replicate", parallel.dp_replicate, (1,)),
-        ("parallel.dp_shard", parallel.dp_shard, ("all", 1)),
-        ("parallel.cp", parallel.cp, (1,)),
-        ("parallel.tp", parallel.tp, (1,)),
     )
     refused = [
         Problem(

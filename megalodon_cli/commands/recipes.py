@@ -41,7 +41,10 @@ def _horizon(train: Any) -> str:
 
 @recipes.command("ls")
 def list_recipes() -> None:
-    """List the shipped recipes: parameters, context and horizon in tokens, purpose.
+    """List the shipped recipes: parameters, context and horizon in tokens, memory, whether it fits here, purpose.
+
+    Memory is estimated for one device of this machine, its GPU if it has one, with one window a pass;
+    `megalodon pretrain RECIPE --plan` says it in full, for any device.
 
     Examples:
 
@@ -51,17 +54,30 @@ def list_recipes() -> None:
 
         megalodon recipes ls | grep llama
     """
+    from megalodon.profiling.devices import reserve
+    from megalodon.profiling.estimate import least_memory
     from megalodon.recipe import RunConfig
+    from megalodon.training.memory import available_memory
+    from megalodon.training.plan import device_named
 
+    device = device_named("auto")
+    gpu, free = device.type == "cuda", available_memory(device)
     found = []
     for name in recipe_files.names():
         config = recipe_files.load([name]).config
         entry: dict[str, Any] = {"name": name, "kind": config.kind, "parameters": None, "seq_len": config.data.seq_len}
+        entry |= {"memory": None, "fits_here": None}
         if isinstance(config, RunConfig):
-            entry["parameters"] = config.num_parameters()
+            model = config.model_config_for(config.padded_vocab_size())
+            entry["parameters"] = model.num_parameters()
+            length = config.data.seq_len
+            entry["memory"] = least_memory(
+                model, config.train, config.optim, seq_len=length, gpu=gpu, reserve=reserve(gpu=gpu)
+            )
+            entry["fits_here"] = None if free is None else entry["memory"] <= free
         entry |= {"horizon": _horizon(config.train), "purpose": recipe_files.purpose(recipe_files.find(name))}
         found.append(entry)
-    rows = [["recipe", "parameters", "context", "tokens", "purpose"]]
+    rows = [["recipe", "parameters", "context", "tokens", "memory", "fits here", "purpose"]]
     for entry in found:
         size = f"{entry['parameters']:,}" if entry["parameters"] else entry["kind"]
         rows.append(
@@ -70,10 +86,12 @@ def list_recipes() -> None:
                 size,
                 str(entry["seq_len"]),
                 entry["horizon"],
+                f"{entry['memory'] / 2**30:,.1f} GiB" if entry["memory"] else "-",
+                {True: "yes", False: "no", None: "-"}[entry["fits_here"]],
                 re.split(r"[.;:]\s|, \d", entry["purpose"])[0],
             ]
         )
-    console.table(rows, right=(1, 2, 3))
+    console.table(rows, right=(1, 2, 3, 4))
     console.document("recipes-ls", found)
 
 

@@ -27,7 +27,10 @@ def test_ls_names_every_recipe_with_its_size():
     assert set(found) == set(recipe_files.names())
     assert (found["quickstart"]["parameters"], found["quickstart"]["seq_len"]) == (1_170_304, 1024)
     assert found["7b"]["horizon"] == "2T" and found["finetune-lora"]["horizon"] == "3 epochs"
+    assert found["debug"]["fits_here"] is True and 0 < found["debug"]["memory"] < found["7b"]["memory"]
+    assert found["finetune-lora"]["memory"] is None
     table = run("ls").stdout.splitlines()
+    assert "memory  fits here" in table[0]
     assert len(table) == len(found) + 1 and len({line[:17] for line in table}) == len(table)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalodon_kernels import KernelError, dispatch, use_backend
-from megalodon_kernels.dispatch import choose
+from megalodon_kernels.dispatch import Card, assume, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -87,6 +87,18 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(KernelError, match=r"compute capability 7\.5, expected 8\.0 or above"):
         choose("cema", "triton", CUDA, torch.float32)
+
+
+def test_a_gpu_that_is_assumed_is_chosen_for_as_if_it_were_here(hopper: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "megalodon_kernels"), assume(Card((9, 0), 99 << 10)):
+        assert choose("cema", "auto", CPU, torch.float32, shared_memory=99 << 10) == "triton"
+        assert choose("cema", "auto", CPU, torch.float32, shared_memory=100 << 10) == "portable"
+        with pytest.raises(KernelError, match="100 KiB of shared memory, the device has 99"):
+            choose("cema", "triton", CPU, torch.float32, shared_memory=100 << 10)
+        with assume(Card((7, 0), 99 << 10)), pytest.raises(KernelError, match=r"capability 7\.0, expected 8"):
+            choose("cema", "triton", CPU, torch.float32)
+    assert not caplog.records
+    assert choose("cema", "auto", CPU, torch.float32) == "portable"
 
 
 def test_an_unknown_backend_is_refused() -> None:

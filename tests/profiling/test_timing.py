@@ -16,7 +16,7 @@ from megalodon.profiling import baseline, meter, model_timing, timing
 from megalodon.profiling.explain import explain
 from megalodon.profiling.meter import Row
 from megalodon.profiling.timing import Request, profile
-from megalodon.training.memory import kept_bytes
+from megalodon.training.activations import kept_by_part
 from megalodon.training.plan import TrainConfig
 from megalodon_kernels import KernelError
 from megalodon_kernels.costs import COSTS
@@ -172,7 +172,7 @@ def test_the_estimate_of_a_block_is_near_what_it_keeps() -> None:
     config = tiny_config(model_dim=128, value_dim=256, z_dim=64, ffn_hidden_dim=256, chunk_size=64, vocab_size=8)
     model = tiny_model(torch.float32, **config.model_dump())
     tokens = torch.zeros(1, 4096, dtype=torch.int64)
-    kept = kept_bytes(model, lambda: model.hidden(tokens)[0]) / config.num_layers / 4096
+    kept = sum(kept_by_part(model, lambda: model.hidden(tokens)[0]).values()) / config.num_layers / 4096
     assert kept / 2 < model_timing._kept_per_token(config) < 4 * kept
 
 

@@ -13,8 +13,8 @@ from megalodon.errors import EnvironmentFault
 from megalodon.model.loss import cross_entropy
 from megalodon.model.megalodon import Megalodon
 from megalodon.training import execution
+from megalodon.training.activations import kept_by_part
 from megalodon.training.execution import Compile, compile_model, deterministic, eager, keep_all, recompute
-from megalodon.training.memory import kept_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTH = 41
@@ -51,11 +51,11 @@ def test_recomputation_keeps_far_fewer_bytes() -> None:
     model, kept = tiny_model(torch.float32), {}
     for what in ("none", "attention", "block"):
         recompute(model, what)  # type: ignore[arg-type]
-        kept[what] = kept_bytes(model, lambda: loss_of(model))
+        kept[what] = sum(kept_by_part(model, lambda: loss_of(model)).values())
         keep_all(model)
     assert kept["block"] < kept["attention"] < kept["none"]
     assert kept["block"] < 0.3 * kept["none"]
-    assert kept_bytes(model, lambda: loss_of(model)) == kept["none"], "keep_all takes it back"
+    assert sum(kept_by_part(model, lambda: loss_of(model)).values()) == kept["none"], "keep_all takes it back"
 
 
 @pytest.mark.parametrize("what", ["attention", "block"])

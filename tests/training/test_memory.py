@@ -88,6 +88,22 @@ def test_memory_that_ran_out_comes_with_the_plan_and_three_edits(raised: Excepti
     )
 
 
+def test_memory_that_ran_out_names_the_parts_that_keep_most_and_what_was_in_use() -> None:
+    gib = 2**30
+    kept = (("attn", 3 * gib), ("ffn", 2 * gib), ("loss", gib // 4))
+    plan = replace(
+        tiny_plan(optim={"ema": 0.9}, train={"recompute": "block"}), needs=Needs(gib, gib, 0, 8 * gib, gib, kept)
+    )
+    with pytest.raises(OutOfMemory) as caught, explained(replace(plan, micro_rows=1)):
+        raise MemoryError
+    assert "; activations by part: attention 3.00, feed-forward 2.00, loss 0.25" in str(caught.value)
+    assert "Python found none; at most " in str(caught.value) and " GiB were in use; planned 10.00 GiB" in str(
+        caught.value
+    )
+    assert caught.value.hint == "optim.ema=null -> 9.50 GiB (derived) · a smaller model"
+    assert caught.value.exit_code == 4
+
+
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="shapes differ"), explained(tiny_plan()):
         raise RuntimeError("shapes differ")

@@ -6,14 +6,13 @@ from stores import tiny_plan
 
 from megalodon.config import InvalidRecipe
 from megalodon.training import plan
-from megalodon.training.plan import CheckpointConfig, LogConfig, OptimConfig, ParallelConfig, TrainConfig
+from megalodon.training.plan import TrainConfig
 
 
 def test_the_kernels_may_be_named_on_a_gpu_alone() -> None:
     train = TrainConfig(backend="triton")
-    others = OptimConfig(), CheckpointConfig(), LogConfig(), ParallelConfig()
-    plan._refuse_unsupported(train, *others, torch.device("cuda"))
+    plan._refuse_unsupported(train, torch.device("cuda"))
     with pytest.raises(InvalidRecipe, match="triton is not available here; expected auto or portable or reference"):
-        plan._refuse_unsupported(train, *others, torch.device("cpu"))
+        plan._refuse_unsupported(train, torch.device("cpu"))
     with pytest.raises(InvalidRecipe, match="triton is not available here"):
         tiny_plan(train={"backend": "triton"})
