@@ -71,7 +71,7 @@ def llama_step(size: Size, length: int, *, bf16: bool = False, compiled: bool = 
 
 
 def _step(model: nn.Module, loss: Callable[[], Tensor], bf16: bool) -> Callable[[], None]:
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig())
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -56,6 +56,7 @@ class Saver:
         *,
         background: bool = False,
         since: float | None = None,
+        copied: bool = False,
     ) -> None:
         """Save a step, or start to; `poll` tells how it went. The save before it must have been told.
 
@@ -63,6 +64,7 @@ class Saver:
             tensors, state, about: as for `save_step`; they may change as soon as this returns.
             background: write in a thread of its own.
             since: `time.monotonic()` when the caller began to wait.
+            copied: the tensors are on the host and nobody changes them.
         """
         assert self.pending is None, "poll(wait=True) comes first"
         begin = time.monotonic() if since is None else since
@@ -70,8 +72,9 @@ class Saver:
         if not background:
             self._write(step, tensors, state, about, begin, None)
             return
-        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        work = (step, copied, copy.deepcopy(dict(state)), dict(about), begin, time.monotonic() - begin)
+        if not copied:
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        work = (step, tensors, copy.deepcopy(dict(state)), dict(about), begin, time.monotonic() - begin)
         self._thread = threading.Thread(target=self._write, args=work, name=f"save-{step}")
         self._thread.start()
 

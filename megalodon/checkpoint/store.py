@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from megalodon.checkpoint.tensor_files import (
     Form,
+    Places,
     check_coverage,
     count_files,
     form_of,
@@ -412,14 +414,17 @@ def newest_good_step(
     return None, []
 
 
-def load_tensors(saved: Saved, targets: Mapping[str, Tensor]) -> None:
+def load_tensors(saved: Saved, targets: Mapping[str, Tensor], places: Places = MappingProxyType({})) -> None:
     """Fill live tensors in place from a checkpoint that must hold exactly these, with equal shapes and dtypes.
 
+    Args:
+        places: of those that are a part of a tensor, one rank's of several.
     Raises:
         CheckpointError: the first of the missing, unexpected and different tensors; nothing was changed then. Or a file
             that verified cannot be read any more; the targets are worth nothing then.
     """
-    listed, wanted = _forms(saved.manifest), {name: form_of(target) for name, target in targets.items()}
+    listed = _forms(saved.manifest)
+    wanted = {name: form_of(target, places[name][1] if name in places else None) for name, target in targets.items()}
     problems = [f"{name} is missing" for name in wanted if name not in listed]
     problems += [f"{name} is unexpected" for name in listed if name not in wanted]
     differ = [name for name, form in wanted.items() if listed.get(name, form) != form]
@@ -428,7 +433,7 @@ def load_tensors(saved: Saved, targets: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{saved.path} does not fit this model: {one_line(problems)}")
     boxes = read_all_boxes(saved.path / "tensors", len(wanted))
     check_coverage(boxes, wanted, saved.path)
-    read_tensors(boxes, targets)
+    read_tensors(boxes, targets, places)
 
 
 def retain(root: Path, config: CheckpointConfig, committed: int | None = None) -> list[int]:

@@ -8,6 +8,7 @@ Not here: tasks and long-context probes, when to evaluate (training/loop.py).
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from megalodon.errors import DataError
 from megalodon.inference.session import evaluating
 from megalodon.model.architectures import LanguageModel
 from megalodon.model.loss import token_losses
+from megalodon.parallel.ranks import ALONE, Ranks
 
 _BLOCK = 1 << 22
 
@@ -104,8 +106,11 @@ def evaluate(
     block: int = 2048,
     bf16: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Evaluation | None:
     """Score every target of the batches; each row starts from an empty state.
+
+    Several ranks share the batches, whole windows each, and all return the same.
 
     Args:
         model:       keeps its training mode; dropout is off meanwhile.
@@ -113,7 +118,8 @@ def evaluate(
         num_classes: ids of the tokenizer; rows of the output matrix above get no probability.
         block:       tokens whose logits exist at a time.
         bf16:        matrix products in bfloat16.
-        stop:        asked before every batch; True abandons the evaluation.
+        stop:        asked before every batch; True, on any rank, abandons the evaluation.
+        ranks:       over which the model is spread.
     Returns:
         None if it was abandoned.
     Raises:
@@ -122,22 +128,46 @@ def evaluate(
     sums, counts = np.zeros(0), np.zeros(0, dtype=np.int64)
     num_bytes = 0
     with evaluating(model):
-        for batch in batches:
-            if stop():
+        for batch, mine in _shared(batches, ranks):
+            (stopping,) = ranks.any(stop())
+            if stopping:
                 return None
             losses = _losses(model, batch, num_classes, block, bf16)
+            if not mine:
+                continue
             scored = batch.targets != IGNORED
             num_bytes += int(bytes_table[batch.targets[scored]].sum())
             grow = max(0, batch.targets.shape[1] - len(sums))
             sums, counts = np.pad(sums, (0, grow)), np.pad(counts, (0, grow))
             sums[: losses.shape[1]] += losses.sum(0)
             counts[: losses.shape[1]] += scored.sum(0)
+    sums, counts, num_bytes = _joined(sums, counts, num_bytes, ranks)
     tokens = int(counts.sum())
     if tokens == 0:
         raise DataError("validation: no target to score; raise eval.tokens or give more validation text")
     total = float(sums.sum())
     bits = total / math.log(2) / num_bytes if num_bytes else None
     return Evaluation(total / tokens, bits, tokens, num_bytes, _buckets(sums, counts))
+
+
+def _shared(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, and whether it is to score them: all ranks run the model equally often."""
+    given = iter(batches)
+    while several := list(islice(given, ranks.readers)):
+        mine = ranks.reader < len(several)
+        yield several[ranks.reader if mine else 0], mine
+
+
+def _joined(
+    sums: NDArray[np.float64], counts: NDArray[np.int64], num_bytes: int, ranks: Ranks
+) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
+    """Sums and counts by position, and bytes, over the batches of all ranks."""
+    if ranks.readers == 1:
+        return sums, counts, num_bytes
+    longest = ranks.most(len(sums))
+    mine = [*np.pad(sums, (0, longest - len(sums))), *np.pad(counts, (0, longest - len(counts))), num_bytes]
+    total = np.array(ranks.sums(mine)) / ranks.layout.tp  # the ranks that hold a layer between them all scored it
+    return total[:longest], total[longest:-1].astype(np.int64), int(total[-1])
 
 
 @torch.no_grad()

@@ -175,7 +175,7 @@ class _Step:
             Megalodon(request.model_config, seed=request.train.seed, backend=request.backend), request
         )
         self.model.train()
-        self.optimizer = build_optimizer(self.model, request.optim)
+        self.optimizer = build_optimizer(dict(self.model.named_parameters()), request.optim)
         ids = torch.Generator().manual_seed(0)
         tokens = torch.randint(request.model_config.vocab_size, (rows, length), generator=ids)
         self.tokens = tokens.to(request.device)

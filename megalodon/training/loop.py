@@ -11,6 +11,7 @@ anything that prints.
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import time
@@ -40,21 +41,17 @@ from megalodon.checkpoint.store import (
 from megalodon.data.loader import IGNORED, Batch, Samples
 from megalodon.data.prefetch import Prefetch
 from megalodon.errors import CheckpointError, EnvironmentFault, NumericalError
-from megalodon.model.adapters import is_adapted, trainable
-from megalodon.model.architectures import LanguageModel, LanguageModelConfig, ModelState, build_model
+from megalodon.model.architectures import LanguageModel, LanguageModelConfig, ModelState
 from megalodon.model.loss import loss_sums
-from megalodon.training.execution import compile_model, deterministic, eager, recompute
+from megalodon.parallel.ranks import ALONE, Ranks
+from megalodon.training.execution import compile_model, deterministic, eager
 from megalodon.training.guard import StepGuard, Verdict
 from megalodon.training.health import health_row
 from megalodon.training.memory import explained
 from megalodon.training.metrics import MetricsLog, machine_row
 from megalodon.training.optim import (
-    AveragedWeights,
-    build_optimizer,
     clip,
     gradient_norms,
-    nonfinite_gradients,
-    optimizer_tensors,
 )
 from megalodon.training.plan import Plan
 from megalodon.training.rollback import (
@@ -67,6 +64,7 @@ from megalodon.training.rollback import (
     write_rollbacks,
 )
 from megalodon.training.schedule import learning_rate, window_length
+from megalodon.training.weights import Weights
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -82,6 +80,8 @@ class Task(NamedTuple):
     at_start: bool = False
     averaged: bool = False
     """With optim.ema: called again with the averaged weights, whose scores join the rows as ema_valid_loss …"""
+    by_all: bool = False
+    """Called on every rank, with the model as it is spread; else on the main one, with a whole copy."""
 
     def due(self, step: int, horizon: int) -> bool:
         """Whether the task runs after `step` steps."""
@@ -107,6 +107,8 @@ class Run:
     """Called with every model that was just made: gives it what no checkpoint holds, frozen weights and adapters."""
     initialise: Callable[[LanguageModel], None] = lambda model: None
     """Called with the model of a run that starts at step 0, before its first step: weights from elsewhere."""
+    ranks: Ranks = ALONE
+    """The processes that train together. Only the main one writes, reports and runs tasks that are not `by_all`."""
     resume_from: Path | None = None
     """The one checkpoint to continue from; None = the newest of this run that verifies."""
     begin: Callable[[], None] = lambda: None
@@ -137,19 +139,23 @@ class Result(NamedTuple):
     saved: Path | None
     """The newest checkpoint; None if the run stopped before its first step."""
     model: LanguageModel
-    """With optim.ema a finished run's has the averaged weights."""
+    """With optim.ema a finished run's has the averaged weights. The main rank's is whole."""
 
 
 class _Pass(NamedTuple):
     """What the passes of a step found, all micro-batches together."""
 
     targets: int
+    bytes: int
+    """Of text that the targets stand for."""
     loss: float
     """Mean over the targets, in nats, without the penalty."""
     z: float
     """Mean of logsumexp²."""
     state: ModelState | None
     """After the last micro-batch; None if no health row is due."""
+    gradients: dict[str, Tensor]
+    """By name of the parameter; with several ranks of this one's parts."""
 
 
 def train(model_config: LanguageModelConfig, loader: Samples, plan: Plan, run: Run) -> Result:
@@ -178,16 +184,13 @@ class Trainer:
 
     def __init__(self, model_config: LanguageModelConfig, loader: Samples, plan: Plan, run: Run) -> None:
         self.loader, self.plan, self.run = loader, plan, run
-        self.batches = Prefetch(lambda first: loader.batch(first, plan.rows), plan.rows)
-        backend: Any = plan.config.backend
-        self.model: LanguageModel = build_model(model_config, plan.config.seed, backend)
-        run.build(self.model)
-        self.model.to(plan.device)
-        recompute(self.model, plan.config.recompute)
-        self.optimizer = build_optimizer(self.model, plan.optim)
+        self.ranks = ranks = run.ranks
+        share = ranks.data_rank, ranks.layout.data_ranks
+        self.batches = Prefetch(lambda first: loader.batch(first, plan.rows, *share), plan.rows)
+        self.weights = Weights(model_config, plan, ranks, run.build)
+        self.model, self.optimizer = self.weights.model, self.weights.optimizer
         guard = plan.config.guard
         self.guard = StepGuard(guard.nonfinite, guard.spike)
-        self.average = None if plan.optim.ema is None else AveragedWeights(self.model, plan.optim.ema)
         self.rollbacks: list[Rollback] = []
         self.metrics = MetricsLog(run.directory / "metrics.jsonl")
         self.checkpoints = run.directory / "checkpoints"
@@ -210,7 +213,9 @@ class Trainer:
 
     def compile(self) -> None:
         """Compile what the recipe asks for, and say so."""
-        if text := compile_model(self.model, self.plan.config.compile, self.plan.device):
+        split = self.ranks.layout.tp > 1  # then parts of a layer exchange features; what insists was refused before
+        wanted = False if split else self.plan.config.compile
+        if text := compile_model(self.model, wanted, self.plan.device):
             self.run.report({"kind": "note", "event": "compile", "text": text})
 
     def train_step(self) -> list[Row]:
@@ -224,40 +229,47 @@ class Trainer:
         batch = self.batches.get(first)
         loaded = time.monotonic()
         if self.dropout:
-            torch.manual_seed(_step_seed(plan.config.seed, step))
+            torch.manual_seed(_step_seed(plan.config.seed, step, self.ranks.stream))
         length = window_length(plan.config.seq_len_warmup, step, plan.horizon, plan.batch_tokens, plan.seq_len)
         look = plan.log.health_every is not None and step % plan.log.health_every == 0
         found = self._gradient(batch.cut(length), look)
-        norm, norms = gradient_norms(self.model) if found.targets else (torch.zeros(()), {})
+        norm, norms = torch.zeros(()), dict[str, float]()
+        if found.targets:
+            norm, norms = gradient_norms(found.gradients, self.ranks.copies, self.ranks.sums)
         verdict = self.guard.judge(step, found.loss, float(norm)) if found.targets else None
         if verdict and verdict.event == "rollback":
-            self._roll_back(step, first, verdict)
+            self._roll_back(step, first, verdict, found.gradients)
             return []
         if verdict and verdict.event:
-            self._event(step, verdict.event, verdict.reason, first)
+            self._event(step, verdict.event, verdict.reason, first, found.gradients)
         elif not found.targets:
-            self._event(step, "empty", "no target in the whole step; nothing was updated", first)
+            self._event(step, "empty", "no target in the whole step; nothing was updated", first, found.gradients)
         rate = learning_rate(plan.optim, step, plan.horizon, plan.batch_tokens)
         if verdict and verdict.accept:
             self._update(norm, rate)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.weights.drop_gradients()
         self.step, self.consumed, self.skipped_ranges = step, first + plan.rows, jumped
         self.tokens, self.targets = self.tokens + plan.batch_tokens, self.targets + found.targets
-        row = self._numbers(batch, found, norms, float(norm)) | {"lr": rate, "seq_len": length}
+        row = self._numbers(found, norms, float(norm)) | {"lr": rate, "seq_len": length}
         row |= machine_row(plan.batch_tokens, begin, loaded, self.flops, self.run.peak_flops, plan.device)
-        health = health_row(self.model, found.state) if look else None
+        health = None
+        if look:
+            with self.ranks.whole_features(found.state) as state:
+                health = health_row(self.model, state)
         return [row, {"kind": "health", "step": step} | health] if health else [row]
 
     def _gradient(self, batch: Batch, keep_state: bool = False) -> _Pass:
         """Leave the gradient of the mean loss over all targets of the step in the parameters.
 
-        Losses are summed over micro-batches and divided by the targets of the whole step, so that the cut into
-        micro-batches changes rounding only. Windows that were cut shorter come with as many more rows.
+        Losses are summed over micro-batches and ranks and divided by the targets of the whole step, so that the cut
+        into micro-batches, and who takes which, changes rounding only. Windows that were cut shorter come with as many
+        more rows.
         """
-        plan, model = self.plan, self.model
-        total = int((batch.targets != IGNORED).sum())
+        plan, model, ranks = self.plan, self.model, self.ranks
+        scored = batch.targets[batch.targets != IGNORED]
+        total, num_bytes = ranks.total(len(scored), int(self.run.bytes_table[scored].sum()))
         if total == 0:
-            return _Pass(0, 0.0, 0.0, None)
+            return _Pass(0, 0, 0.0, 0.0, None, {})
         model.train()
         loss, squares = torch.zeros((), device=plan.device), torch.zeros((), device=plan.device)
         state: ModelState | None = None
@@ -265,12 +277,14 @@ class Trainer:
         for first in range(0, len(batch.tokens), rows):
             tokens, targets, starts = (torch.from_numpy(x[first : first + rows]) for x in batch)
             begins = starts if bool(starts.any()) else None  # on the host: the model asks them
+            ranks.last_pass(model, first + rows >= len(batch.tokens))
             with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
-                hidden, after = model.hidden(tokens.to(plan.device), starts=begins)
+                hidden, after = model.hidden(**ranks.piece(model, tokens, begins))
+                hidden, targets = ranks.scored(hidden, targets.to(plan.device))
                 sums = loss_sums(
                     hidden,
                     model.output_weight,
-                    targets.to(plan.device),
+                    targets,
                     plan.config.loss_chunk,
                     num_classes=self.run.num_classes,
                     z_loss=plan.optim.z_loss,
@@ -279,29 +293,30 @@ class Trainer:
             (sums.objective / total).backward()
             loss, squares = loss + sums.loss, squares + sums.squares
             state = after.detach() if keep_state else None
-        return _Pass(total, float(loss) / total, float(squares) / total, state)
+        gradients = self.weights.gradients()
+        loss_sum, square_sum = ranks.sums([float(loss), float(squares)])
+        return _Pass(total, num_bytes, loss_sum / total, square_sum / total, state, gradients)
 
     def _update(self, norm: Tensor, rate: float) -> None:
         """Clip the gradient, whose norm is given, and let the optimizer and the average take it in."""
         if self.plan.optim.grad_clip is not None:
-            clip(self.model, norm, self.plan.optim.grad_clip)
+            clip(self.weights.parameters, norm, self.plan.optim.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.updates += 1
-        if self.average:
-            self.average.update(self.updates)
+        if self.weights.average:
+            self.weights.average.update(self.updates)
 
-    def _numbers(self, batch: Batch, found: _Pass, norms: Mapping[str, float], norm: float) -> Row:
+    def _numbers(self, found: _Pass, norms: Mapping[str, float], norm: float) -> Row:
         """What a row of kind `train` says of the step just taken, which has no loss and norm if it had no target."""
         scored, limit = found.targets > 0, self.plan.optim.grad_clip
-        num_bytes = int(self.run.bytes_table[batch.targets[batch.targets != IGNORED]].sum())
         return {
             "kind": "train",
             "step": self.step,
             "loss": found.loss if scored else None,
             "z": found.z if scored else None,
-            "bits_per_byte": found.loss * found.targets / math.log(2) / num_bytes if num_bytes else None,
+            "bits_per_byte": found.loss * found.targets / math.log(2) / found.bytes if found.bytes else None,
             "grad_norm": norm if scored else None,
             "norms": dict(norms),
             "clip": min(1.0, limit / (norm + 1e-6)) if scored and limit is not None else 1.0,
@@ -311,17 +326,17 @@ class Trainer:
             "rollbacks": len(self.rollbacks),
         }
 
-    def _event(self, step: int, event: str, reason: str, first: int) -> None:
+    def _event(self, step: int, event: str, reason: str, first: int, gradients: Mapping[str, Tensor]) -> None:
         """Log an unusual step with the samples it read (first, number) and, if values are not finite, where."""
         row: Row = {"kind": "event", "step": step, "event": event, "reason": reason, "samples": [first, self.plan.rows]}
-        broken = nonfinite_gradients(self.model)
+        broken = self.weights.nonfinite(gradients)
         self._write(row | ({"nonfinite": broken} if broken else {}))
 
     def _left_out(self) -> list[list[int]]:
         """Samples [start, stop) that no step may read, of all rollbacks."""
         return [ends for rollback in self.rollbacks for ends in rollback.samples]
 
-    def _roll_back(self, step: int, first: int, verdict: Verdict) -> None:
+    def _roll_back(self, step: int, first: int, verdict: Verdict, gradients: Mapping[str, Tensor]) -> None:
         """Stand where the newest checkpoint from before the bad steps was saved, and leave their samples out.
 
         Raises: NumericalError if the rollbacks are used up or no checkpoint is older; the message tells them all.
@@ -332,26 +347,31 @@ class Trainer:
         if len(self.rollbacks) < limit:
             why = f"no checkpoint from before step {verdict.bad[0]} to go back to"
             try:
-                saved, faults = newest_good_step(self.checkpoints, self.plan.checkpoint.verify, before=verdict.bad[0])
+                verify = self.plan.checkpoint.verify
+                find = functools.partial(newest_good_step, self.checkpoints, verify, before=verdict.bad[0])
+                saved, faults = self.ranks.from_main(find)
                 self._tell(faults)
             except CheckpointError as error:
                 why = f"{why}: {error}"
         if saved is None:
-            self._event(step, "stop", f"{verdict.reason}; {why}", first)
+            self._event(step, "stop", f"{verdict.reason}; {why}", first, gradients)
             before = "".join(f"; step {r.at} went back to {r.to}: {r.reason}" for r in self.rollbacks)
             hint = "lower optim.lr, lengthen optim.warmup, or raise train.guard.max_rollbacks; "
             hint += "the same command continues from the newest checkpoint"
             raise NumericalError(f"step {step}: {verdict.reason}; {why}{before}", hint)
         samples = merged((first_sample(bad, rows, self._left_out())[0] for bad in verdict.bad), rows)
-        rollback = Rollback(step, saved.step, samples, verdict.reason, nonfinite_gradients(self.model))
-        write_rollbacks(self.run.directory, [*self.rollbacks, rollback])
+        rollback = Rollback(step, saved.step, samples, verdict.reason, self.weights.nonfinite(gradients))
+        if self.ranks.main:
+            write_rollbacks(self.run.directory, [*self.rollbacks, rollback])
         self.rollbacks.append(rollback)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.weights.drop_gradients()
         self._restore(saved)
         self._cut_back()
 
     def _cut_back(self) -> None:
         """Drop checkpoints and rows from after the step that was restored; see that every rollback has its row."""
+        if not self.ranks.main:
+            return
         for step in steps_in(self.checkpoints):
             if step > self.step:  # they did not verify or were rolled back, and would push good ones out
                 set_aside(step_path(self.checkpoints, step))
@@ -388,13 +408,18 @@ class Trainer:
         if status != "finished" and self.step != self.saved_step:
             lost = f"step {self.step:,} could not be saved, the newest checkpoint is of step {self.saved_step:,}"
             raise EnvironmentFault(f"stopping ({reason}): {lost}; the same command continues from there")
-        if self.average and status == "finished":
-            self.average.swap()
-        return Result(status, self.step, self.tokens, seconds, reason, self.saved, self.model)
+        if self.weights.average and status == "finished":
+            self.weights.average.swap()
+        model = self.weights.whole_model() if status == "finished" else self.model
+        return Result(status, self.step, self.tokens, seconds, reason, self.saved, model)
 
     def _stop_reason(self) -> str | None:
+        """Why to stop here, or None; the same verdict on every rank, whichever was told."""
+        return self.ranks.first(self._own_reason())
+
+    def _own_reason(self) -> str | None:
         stop_file = self.run.directory / "stop"
-        if stop_file.exists():
+        if self.ranks.main and stop_file.exists():
             stop_file.unlink(missing_ok=True)
             return "the file `stop`"
         limit = self.run.max_seconds
@@ -412,7 +437,8 @@ class Trainer:
                 with eager(self.model):
                     rows = self._ask(task)
             except Exception as error:  # whatever it is, the steps since the last save must not be lost with it
-                if not isinstance(error, NumericalError):
+                # One that not all ranks have leaves the others in the task: they would not come to the save.
+                if not isinstance(error, NumericalError) and self.ranks.all_have(error):
                     self._save()
                 raise
             if rows is None:
@@ -426,11 +452,11 @@ class Trainer:
 
     def _ask(self, task: Task) -> list[Row] | None:
         """Call a task; its rows, with the scores of the averaged weights where it asks for them."""
-        rows = task.call(self.model)
-        if rows is None or not (task.averaged and self.average):
+        rows = self._called(task)
+        if rows is None or not (task.averaged and self.weights.average):
             return rows
-        with self.average.swapped_in():
-            again = task.call(self.model)
+        with self.weights.average.swapped_in():
+            again = self._called(task)
         scores = ("valid_loss", "bits_per_byte")
         if again is None:
             return None
@@ -439,23 +465,36 @@ class Trainer:
             for row, other in zip(rows, again, strict=True)
         ]
 
+    def _called(self, task: Task) -> list[Row] | None:
+        """Its rows, on every rank; None if it was abandoned."""
+        if task.by_all:
+            rows = task.call(self.model)
+            self.ranks.at_rest(self.model)
+            return rows
+        model = self.weights.whole_model()
+        return self.ranks.from_main(lambda: task.call(model))
+
     def _write(self, row: Row) -> None:
+        if not self.ranks.main:
+            return
         self.metrics.write(row)
         self.run.report(row)
-
-    def _live_tensors(self) -> dict[str, Tensor]:
-        """Everything that is saved and restored bit by bit; a tied matrix once. Nothing of a frozen model."""
-        trained = trainable(self.model)
-        tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in trained.items()}
-        if not is_adapted(self.model):
-            kept = self.model.state_dict(keep_vars=True).keys()
-            tensors |= {f"model.{name}": b for name, b in self.model.named_buffers() if name in kept}
-        averages = self.average.tensors() if self.average else {}
-        return tensors | averages | optimizer_tensors(self.optimizer)
 
     def _save_due(self) -> bool:
         """Whether to save between these two steps; also tells of a save in the background that has ended."""
         self.run.beat()
+        wanted, fault = False, list[Exception]()
+        if self.ranks.main:
+            try:
+                wanted = self._main_wants_to_save()
+            except Exception as error:
+                fault.append(error)
+        due, failed = self.ranks.any(wanted, bool(fault))
+        if failed:
+            self.ranks.from_main(lambda: _raise(fault[0]))
+        return due
+
+    def _main_wants_to_save(self) -> bool:
         self._settle()
         save_file = self.run.directory / "save"
         asked = save_file.exists()
@@ -473,9 +512,20 @@ class Trainer:
     def _save(self, *, background: bool = False) -> None:
         """Commit a checkpoint of this step, once, or begin to; before the first step there is nothing to save."""
         begin = time.monotonic()
-        self._settle(wait=True)
-        if self.step == self.saved_step:
+        due, self.saved, self.saved_step = self.ranks.from_main(self._unsaved)
+        if not due:
             return
+        tensors = self.weights.whole()
+        commit = functools.partial(self._commit, tensors, background, begin)
+        self.saved, self.saved_step = self.ranks.from_main(commit)
+
+    def _unsaved(self) -> tuple[bool, Path | None, int]:
+        """Whether this step has to be saved, once the save in flight has ended; the newest checkpoint, and its step."""
+        self._settle(wait=True)
+        return self.step != self.saved_step, self.saved, self.saved_step
+
+    def _commit(self, tensors: Mapping[str, Tensor], background: bool, begin: float) -> tuple[Path | None, int]:
+        """Save, or begin to; the newest checkpoint that is known to be committed, and its step."""
         state = {
             "step": self.step,
             "updates": self.updates,
@@ -497,8 +547,10 @@ class Trainer:
         about = {**self.run.about, "data": self.loader.store.fingerprint, "valid_loss": scored}
         self.metrics.sync()
         self.saved_at = time.monotonic()
-        self.saver.save(self.step, self._live_tensors(), state, about, background=background, since=begin)
+        ours = self.ranks.mesh is not None  # they were put together for this alone
+        self.saver.save(self.step, tensors, state, about, background=background, since=begin, copied=ours)
         self._settle(wait=not background)
+        return self.saved, self.saved_step
 
     def _settle(self, *, wait: bool = False) -> None:
         """Tell how the save in flight ended, if it has. Raises: EnvironmentFault if it failed and on_error is stop."""
@@ -536,26 +588,30 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that verifies, or start at step 0; what came after it is set aside."""
-        if self.checkpoints.is_dir():
-            clean_leftovers(self.checkpoints)
-        self.rollbacks = read_rollbacks(self.run.directory)
-        verify, wanted = self.plan.checkpoint.verify, self.run.resume_from
-        if wanted is None:
-            saved, faults = newest_of_run(self.checkpoints, self.rollbacks, verify)
-            self._tell(faults)
-        else:
-            saved = verify_step(wanted, verify)
+        saved, self.rollbacks = self.ranks.from_main(self._found)
         if saved is not None:
             self._restore(saved)
         else:
-            self.run.initialise(self.model)
-            if self.average:  # it began as a copy of the weights that were drawn
-                self.average = AveragedWeights(self.model, self.average.decay)
-        self.run.begin()
+            self.weights.begin(self.run.initialise)
+        self.ranks.from_main(self.run.begin)
+        if not self.ranks.main:
+            self.run.begin()
         self._cut_back()
         if saved is not None:
             text = f"resuming at step {self.step:,} ({self.tokens:,} tokens seen)"
             self.run.report({"kind": "note", "event": "resumed", "step": self.step, "text": text})
+
+    def _found(self) -> tuple[Saved | None, list[Rollback]]:
+        """The checkpoint to continue from, and the rollbacks of the run."""
+        if self.checkpoints.is_dir():
+            clean_leftovers(self.checkpoints)
+        rollbacks = read_rollbacks(self.run.directory)
+        verify, wanted = self.plan.checkpoint.verify, self.run.resume_from
+        if wanted is not None:
+            return verify_step(wanted, verify), rollbacks
+        saved, faults = newest_of_run(self.checkpoints, rollbacks, verify)
+        self._tell(faults)
+        return saved, rollbacks
 
     def _tell(self, faults: list[str]) -> None:
         for fault in faults:
@@ -568,7 +624,7 @@ class Trainer:
             names = [group["names"] for group in state["optimizer"]]
             if names != [group["names"] for group in self.optimizer.param_groups]:
                 raise CheckpointError(f"{saved.path}: the optimizer's parameter groups are others; check optim.decay")
-            load_tensors(saved, self._live_tensors())
+            load_tensors(saved, self.weights.live(), self.weights.places())
             self.guard.restore(state["guard"])
             known = as_rollbacks(state["rollbacks"], saved.path / "state.json")
             self.rollbacks = known if len(known) > len(self.rollbacks) else self.rollbacks
@@ -585,6 +641,11 @@ class Trainer:
         self.saved, self.saved_step = saved.path, self.step
 
 
-def _step_seed(seed: int, step: int) -> int:
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _step_seed(seed: int, step: int, stream: int) -> int:
     """Return the seed of the random numbers of a step: a resumed run draws what an uninterrupted one would."""
-    return int.from_bytes(hashlib.sha256(f"{seed}|dropout|{step}".encode()).digest()[:8], "little") >> 1
+    words = f"{seed}|dropout|{step}" + (f"|{stream}" if stream else "")
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little") >> 1

@@ -3,7 +3,8 @@
 Not here: the learning rate of a step (schedule.py), the verdict on a gradient (guard.py).
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -50,15 +51,15 @@ class OptimConfig(Config):
         return betas
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the named parameters of `model`: one group that decays and, with `matrices`, one that does not.
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over named parameters: one group that decays and, with `matrices`, one that does not.
 
     Each group carries `names`, the parameters in its order. The learning rate is set before each step by the loop.
     The state exists from the start, all zero, so that a checkpoint of any step holds the same tensors.
     """
     decayed: dict[str, nn.Parameter] = {}
     kept: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if parameter.requires_grad:
             (decayed if config.decay == "all" or is_matrix(name, parameter) else kept)[name] = parameter
     groups = [
@@ -88,13 +89,25 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
+def parameter_of(name: str) -> str:
+    """Name of a tensor in a checkpoint -> the parameter whose shape it has; the name itself for any other tensor."""
+    for prefix in ("model.", "ema.", "optim.exp_avg.", "optim.exp_avg_sq."):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
 def is_matrix(name: str, parameter: Tensor) -> bool:
     """True for weights of linear maps and embeddings: two dimensions and a `.weight` name, not the tables of CEMA."""
     return parameter.dim() == 2 and name.endswith("weight")
 
 
+GROUPS = ("embed", "cema", "norm", "attn", "ffn", "head")
+"""The groups of parameters in logs."""
+
+
 def group_of(name: str) -> str:
-    """Return the group of a parameter in logs: embed, cema, norm, attn, ffn or head."""
+    """Return the group of a parameter in logs, one of GROUPS."""
     owner = name.split(".")[-2]
     if owner.endswith("norm"):
         return "norm"
@@ -102,26 +115,40 @@ def group_of(name: str) -> str:
     return special.get(owner) or ("ffn" if ".nffn." in name or ".mlp." in name else "attn")
 
 
-def gradient_norms(model: nn.Module) -> tuple[Tensor, dict[str, float]]:
-    """Return the norm of the whole gradient, () float32 on the device of the parameters, and that of each group."""
-    groups: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            groups.setdefault(group_of(name), []).append(parameter.grad)
-    norms = torch.stack([torch.nn.utils.get_total_norm(grads) for grads in groups.values()])
-    return torch.linalg.vector_norm(norms), dict(zip(groups, norms.tolist(), strict=True))
+def gradient_norms(
+    gradients: Mapping[str, Tensor],
+    copies: Callable[[str], int] = lambda name: 1,
+    sums: Callable[[Sequence[float]], list[float]] = list,
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the norm of the whole gradient, () float32, and that of each group.
+
+    Args:
+        gradients: by name of the parameter; with several ranks of this one's parts.
+        copies:    how many ranks have the same part of a gradient: it counts once.
+        sums:      numbers -> their sums over ranks.
+    """
+    alike: dict[tuple[str, int], list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        alike.setdefault((group_of(name), copies(name)), []).append(gradient)
+    norms = torch.stack([torch.nn.utils.get_total_norm(parts) for parts in alike.values()]).double().tolist()
+    squares = dict.fromkeys(GROUPS, 0.0)  # all of them, as a rank may have no part of some group
+    for (group, held), norm in zip(alike, norms, strict=True):
+        squares[group] += norm * norm / held
+    totals = dict(zip(squares, sums(list(squares.values())), strict=True))
+    shown = dict.fromkeys([*map(group_of, gradients), *(group for group, square in totals.items() if square)])
+    norm = torch.tensor(math.sqrt(sum(totals.values())), dtype=torch.float32)
+    return norm, {group: math.sqrt(totals[group]) for group in shown}
 
 
-def nonfinite_gradients(model: nn.Module) -> dict[str, int]:
+def nonfinite_gradients(gradients: Mapping[str, Tensor]) -> dict[str, int]:
     """Return parameter -> how many values of its gradient are not finite, where there are any."""
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    counts = {name: int((~grad.isfinite()).sum()) for name, grad in grads.items()}
+    counts = {name: int((~gradient.isfinite()).sum()) for name, gradient in gradients.items()}
     return {name: count for name, count in counts.items() if count}
 
 
-def clip(model: nn.Module, norm: Tensor, limit: float) -> None:
-    """Scale the gradient in place so that its norm, given, is at most `limit`."""
-    torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), limit, norm)
+def clip(parameters: Mapping[str, nn.Parameter], norm: Tensor, limit: float) -> None:
+    """Scale the gradients in place so that their norm, given, is at most `limit`."""
+    torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), limit, norm)
 
 
 class AveragedWeights:
@@ -132,13 +159,13 @@ class AveragedWeights:
     That is the plain mean of the first 1/(1 - decay) updates and an exponential average from there on.
 
     Args:
-        model: whose parameters are averaged; frozen ones are not.
-        decay: from 0 to below 1.
+        parameters: that are averaged; frozen ones are not.
+        decay:      from 0 to below 1.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.live = {name: p for name, p in parameters.items() if p.requires_grad}
         self.mean = {name: p.detach().to(torch.float32, copy=True) for name, p in self.live.items()}
 
     @torch.no_grad()
@@ -149,8 +176,10 @@ class AveragedWeights:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange parameters and averages; a second call brings them back bit by bit."""
-        for name, parameter in self.live.items():
-            parameter.data, self.mean[name] = self.mean[name], parameter.data
+        for name, parameter in self.live.items():  # by value: others hold the memory of a parameter too
+            before = parameter.clone()
+            parameter.copy_(self.mean[name])
+            self.mean[name].copy_(before)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

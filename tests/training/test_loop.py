@@ -433,10 +433,10 @@ def test_an_error_of_the_data_ends_the_run_with_its_own_words(
 ) -> None:
     batch = Loader.batch
 
-    def fails(self: Loader, first: int, count: int) -> Batch:
+    def fails(self: Loader, first: int, count: int, *share: int) -> Batch:
         if first == 16:
             raise DataError("00000.bin was cut")
-        return batch(self, first, count)
+        return batch(self, first, count, *share)
 
     monkeypatch.setattr(Loader, "batch", fails)
     with pytest.raises(DataError, match="bin was cut"):
@@ -447,7 +447,7 @@ def test_an_error_of_the_data_ends_the_run_with_its_own_words(
 
 def test_the_state_of_the_optimizer_has_a_name_for_every_tensor() -> None:
     model = Megalodon(tiny_config())
-    names = optimizer_tensors(build_optimizer(model, OptimConfig(decay="matrices"))).keys()
+    names = optimizer_tensors(build_optimizer(dict(model.named_parameters()), OptimConfig(decay="matrices"))).keys()
     parameters = [name for name, _ in model.named_parameters()]
     assert names == {f"optim.{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq", "step") for name in parameters}
 
@@ -455,10 +455,6 @@ def test_the_state_of_the_optimizer_has_a_name_for_every_tensor() -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "train.precision bf16 ": {"train": {"precision": "bf16"}},
     "train.backend triton ": {"train": {"backend": "triton"}},
-    "parallel.dp_replicate 2 ": {"parallel": {"dp_replicate": 2}},
-    "parallel.dp_shard 4 ": {"parallel": {"dp_shard": 4}},
-    "parallel.cp 2 ": {"parallel": {"cp": 2}},
-    "parallel.tp 2 ": {"parallel": {"tp": 2}},
 }
 
 
@@ -468,6 +464,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(said: str) -> None:
         tiny_plan(**REFUSED[said])
     (problem,) = caught.value.problems
     assert f"{problem.key} {problem.text}".startswith(said)
+
+
+@pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard", "cp", "tp"])
+def test_one_process_is_not_laid_out_as_several(axis: str) -> None:
+    with pytest.raises(RecipeError, match="= 4 ranks, and this is one process") as caught:
+        tiny_plan(parallel={axis: 4})
+    assert f"{axis} 4" in str(caught.value) and caught.value.hint == "--gpus 4, or torchrun, or srun"
 
 
 @pytest.mark.parametrize("number", [0, -1])
@@ -485,7 +488,7 @@ def test_the_help_of_micro_batch_tells_what_auto_takes() -> None:
 def test_numbers_that_do_not_go_together_name_all_parties() -> None:
     with pytest.raises(RecipeError, match=r"tokens 100 is not a multiple of data.seq_len 37; nearest: 74 and 111"):
         tiny_plan(train={"batch_tokens": 100})
-    with pytest.raises(RecipeError, match="micro_batch 3 does not divide the 4 sequences of a step; fits: 1, 2, 4"):
+    with pytest.raises(RecipeError, match="micro_batch 3 does not divide the 4 windows of a rank; fits: 1, 2, 4"):
         tiny_plan(train={"micro_batch": 3})
 
 

@@ -120,7 +120,7 @@ def test_what_was_trained_is_what_a_run_without_the_samples_would_have(
 ) -> None:
     """After the rollback the tensors are those of a run in which the samples never existed."""
     batch = Loader.batch
-    monkeypatch.setattr(Loader, "batch", lambda self, first, n: batch(self, first + 12 * (first >= 16), n))
+    monkeypatch.setattr(Loader, "batch", lambda self, first, *n: batch(self, first + 12 * (first >= 16), *n))
     run(store, tmp_path / "without", model=model)
     monkeypatch.setattr(Loader, "batch", batch)
     poison(17, 21, 25)

@@ -131,8 +131,8 @@ def test_a_step_without_a_target_is_counted_and_changes_nothing(
 ) -> None:
     batch = Loader.batch
 
-    def padded(self: Loader, first: int, count: int) -> Batch:
-        found = batch(self, first, count)
+    def padded(self: Loader, first: int, count: int, *share: int) -> Batch:
+        found = batch(self, first, count, *share)
         return found._replace(targets=np.full_like(found.targets, IGNORED)) if first == 4 else found
 
     monkeypatch.setattr(Loader, "batch", padded)

@@ -1,0 +1,287 @@
+"""Runs on several ranks: the same losses, weights and moments as on one, also after a stop and in another layout."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import random_tokens, tiny_config, tiny_model
+from ranks import on_ranks
+from stores import BYTES_TABLE, NUM_CLASSES, metrics, saved_tensors, tiny_store
+from tolerances import distance
+
+from megalodon.checkpoint.store import CheckpointConfig
+from megalodon.data.loader import Loader, validation_batches
+from megalodon.data.shards import open_store
+from megalodon.errors import CheckFailed
+from megalodon.evaluation.perplexity import evaluate
+from megalodon.parallel.layout import Layout, ParallelConfig
+from megalodon.parallel.mesh import Mesh
+from megalodon.parallel.ranks import ALONE, Ranks
+from megalodon.parallel.tensor import divided_sizes
+from megalodon.training.guard import StepGuard
+from megalodon.training.loop import Run, Task, Trainer, train
+from megalodon.training.metrics import LogConfig
+from megalodon.training.optim import OptimConfig, gradient_norms
+from megalodon.training.plan import TrainConfig, make_plan
+from megalodon.training.rollback import Rollback, write_rollbacks
+
+SEQ_LEN, STEPS = 40, 4
+LAYOUTS = {
+    "fsdp2": Layout(dp_shard=2), "hsdp": Layout(dp_replicate=2, dp_shard=2), "tp2": Layout(tp=2), "cp2": Layout(cp=2),
+    "fsdp2 x tp2": Layout(dp_shard=2, tp=2), "cp2 x tp2": Layout(cp=2, tp=2), "fsdp4": Layout(dp_shard=4),
+}  # fmt: skip
+
+
+def parts(folder: str, layout: Layout | None, isolate: str, how: dict[str, Any]) -> Any:
+    """What a rank of a layout trains: configuration, samples, plan, ranks."""
+    config = tiny_config(ffn_hidden_dim=30, swiglu=True, **how)
+    ranks = Ranks(Mesh(layout, "cpu")) if layout else ALONE
+    shape = ranks.layout
+    plan = make_plan(
+        TrainConfig(max_steps=STEPS, batch_tokens=8 * SEQ_LEN, micro_batch=1),
+        OptimConfig(lr=1e-2, warmup="2 steps", ema=0.9),
+        CheckpointConfig(every=2),
+        LogConfig(health_every=2),
+        ParallelConfig(dp_replicate=shape.dp_replicate, dp_shard=shape.dp_shard, cp=shape.cp, tp=shape.tp),
+        seq_len=SEQ_LEN, windows=50, device="cpu", world_size=shape.world_size, chunk_size=10,
+        split=divided_sizes(config),
+    )  # fmt: skip
+    return config, Loader(open_store(Path(folder).parent / "store"), SEQ_LEN, isolate, 1), plan, ranks
+
+
+def run(folder: str, layout: Layout | None, isolate: str = "doc", stop_at: int | None = None, **how: Any) -> Any:
+    """Train, or go on, as one rank of a layout: how it ended, at which step, and on the main rank the weights."""
+    config, loader, plan, ranks = parts(folder, layout, isolate, how)
+
+    def score(model: Any) -> Any:
+        batches = validation_batches(loader.store, SEQ_LEN, "doc", 3, 500)
+        found = evaluate(model, batches, BYTES_TABLE, NUM_CLASSES, ranks=ranks)
+        return found and [found.row()]
+
+    def count(model: Any) -> Any:
+        return [{"kind": "sample", "prompt": "", "text": f"{model.num_parameters()}"}]
+
+    tasks = (Task(score, 2, at_start=True, averaged=True, by_all=True), Task(count, 2))
+    about = Run(Path(folder), NUM_CLASSES, BYTES_TABLE, tasks=tasks, ranks=ranks, stop_at_step=stop_at)
+    result = train(config, loader, plan, about)
+    weights = {name: p.detach() for name, p in result.model.named_parameters()} if ranks.main else {}
+    return result.status, result.step, weights
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_store(tmp_path / "store")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    return tmp_path
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in metrics(folder) if row["kind"] != "health"]
+
+
+def health(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in metrics(folder) if row["kind"] == "health"]
+
+
+def assert_alike(one: Any, other: Any, what: str = "") -> None:
+    """Numbers within float32 sums in another order; everything else equal."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), what
+        for key in one:
+            assert_alike(one[key], other[key], f"{what}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), what
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_alike(*pair, f"{what}.{number}")
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, rel=2e-5, abs=1e-7), what
+    else:
+        assert one == other, what
+
+
+@pytest.mark.parametrize("isolate", ["doc", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["fsdp2", "cp2", "tp2"])
+def test_a_run_on_several_ranks_is_that_of_one(folder: Path, name: str, isolate: str) -> None:
+    status, step, weights = run(str(folder / "one"), None, isolate)
+    found = on_ranks(LAYOUTS[name].world_size, run, str(folder / "many"), LAYOUTS[name], isolate)
+    assert [(s, n) for s, n, _ in found] == [(status, step)] * len(found)
+    for one, many in zip(rows(folder / "one"), rows(folder / "many"), strict=True):
+        assert_alike(one, many)
+    if name == "tp2":  # in others rank 0 reads a part of the windows, whose states these rows are of
+        for one, many in zip(health(folder / "one"), health(folder / "many"), strict=True):
+            assert_alike(one, many)
+    whole, parts = (saved_tensors(folder / x, STEPS) for x in ("one", "many"))
+    assert whole.keys() == parts.keys()
+    for key in whole:
+        assert distance(parts[key], whole[key]) < 2e-3, key  # Adam divides small gradients by their own size
+    assert found[0][2].keys() == weights.keys()
+    for key in weights:
+        assert distance(found[0][2][key], weights[key]) < 2e-3, key
+
+
+def test_all_ranks_leave_out_what_a_rollback_did(folder: Path) -> None:
+    """Killed behind a rollback and before the next save: only rollbacks.json, which rank 0 reads, knows of it."""
+    for name in ("one", "many"):
+        run(str(folder / name), None, stop_at=2)
+        write_rollbacks(folder / name, [Rollback(4, 2, [[16, 24]], "a spike", {})])
+    run(str(folder / "one"), None)
+    on("fsdp2", run, str(folder / "many"))
+    for one, many in zip(rows(folder / "one"), rows(folder / "many"), strict=True):
+        assert_alike(one, many)
+    state = json.loads((folder / "many/checkpoints/step-00000004/state.json").read_text())
+    assert state["data"]["skipped_ranges"] == [[16, 24]]
+
+
+def failing(folder: str, layout: Layout | None, where: str) -> str:
+    """What a rank says of a run whose task after step 1 fails: on rank 0 alone, on rank 1 in the midst of all."""
+    config, loader, plan, ranks = parts(folder, layout, "none", {})
+
+    def fail(model: Any) -> Any:
+        if where == "by rank 0":
+            raise OSError("nothing works")
+        assert ranks.mesh
+        if ranks.rank == 0:
+            ranks.any(False)  # as in an evaluation that goes on
+        raise OSError("only here")
+
+    about = Run(Path(folder), NUM_CLASSES, BYTES_TABLE, tasks=(Task(fail, 1, by_all=where != "by rank 0"),))
+    saves: list[int] = []
+    trainer = Trainer(config, loader, plan, dataclasses.replace(about, ranks=ranks))
+    trainer.resume()
+    trainer._save = lambda **how: saves.append(trainer.step)  # type: ignore[method-assign]
+    try:
+        trainer.run_to_the_end()
+    except OSError as error:
+        if where != "by rank 0" and ranks.rank == 1:
+            ranks.any(False)  # nothing else came between
+        return f"{error}, saved {saves}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [("by rank 0", "nothing works, saved [1]"), ("by rank 1", "only here, saved []")]
+)
+def test_only_an_error_of_all_ranks_is_followed_by_a_save(folder: Path, where: str, said: str) -> None:
+    """A rank that saved by itself would wait for the others, who wait for it in the task."""
+    assert on_ranks(2, failing, str(folder / "many"), LAYOUTS["fsdp2"], where) == [said] * 2
+
+
+def steering(layout: Layout) -> list[Any]:
+    """Words and errors that ranks have from one another."""
+    ranks, found = Ranks(Mesh(layout, "cpu")), list[Any]()
+    found.append(ranks.first("here" if ranks.rank else None))
+    found.append(ranks.first(None))
+
+    class Odd(Exception):
+        def __init__(self, one: int, other: int) -> None:
+            super().__init__(f"{one} and {other}")
+
+    def fail() -> None:
+        raise Odd(1, 2)
+
+    try:
+        ranks.from_main(fail)
+    except Exception as error:
+        found += [str(error), ranks.all_have(error), ranks.all_have(OSError())]
+    return found
+
+
+def test_words_and_errors_reach_every_rank() -> None:
+    first, second = on_ranks(2, steering, LAYOUTS["fsdp2"])
+    assert first == ["here", None, "1 and 2", True, False]
+    assert second == ["here", None, "Odd: 1 and 2", True, False]
+
+
+def reloaded(folder: str, layout: Layout | None) -> dict[str, torch.Tensor]:
+    """What a rank has after resuming, put together again: nothing but on the main one."""
+    config, loader, plan, ranks = parts(folder, layout, "doc", {})
+    trainer = Trainer(config, loader, plan, Run(Path(folder), NUM_CLASSES, BYTES_TABLE, ranks=ranks))
+    trainer.resume()
+    trainer.metrics.close()
+    return trainer.weights.whole() if layout or ranks.main else {}
+
+
+RESHARDED = [(before, after) for before in ("one", "fsdp4", "cp2 x tp2") for after in ("one", "tp2", "hsdp")]
+QUICK = {("one", "tp2"), ("fsdp4", "one"), ("cp2 x tp2", "hsdp")}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [pytest.param(*p, marks=() if p in QUICK else pytest.mark.slow) for p in RESHARDED]
+)
+def test_a_checkpoint_is_read_in_any_layout(folder: Path, before: str, after: str) -> None:
+    """Tensor by tensor exact; and the run goes on with the same data and the losses of one that never stopped."""
+    where = str(folder / "many")
+    on(before, run, where, 2)
+    saved = saved_tensors(folder / "many", 2)
+    found = on(after, reloaded, where)[0]
+    assert found.keys() == saved.keys()
+    assert [name for name in saved if not torch.equal(found[name], saved[name])] == []
+    (status, step, _), *_ = on(after, run, where)
+    assert (status, step) == ("finished", STEPS)
+    run(str(folder / "one"), None)
+    for one, many in zip(rows(folder / "one"), rows(folder / "many"), strict=True):
+        assert_alike(one, many)
+    state = [json.loads((folder / x / "checkpoints/step-00000004/state.json").read_text()) for x in ("one", "many")]
+    assert state[0]["data"] == state[1]["data"]
+
+
+def on(name: str, function: Any, where: str, stop_at: int | None = None) -> list[Any]:
+    """Call it as each rank of a layout, or in this process as the only one."""
+    more = () if stop_at is None else ("doc", stop_at)
+    if name == "one":
+        return [function(where, None, *more)]
+    return on_ranks(LAYOUTS[name].world_size, function, where, LAYOUTS[name], *more)
+
+
+def strayed(layout: Layout, name: str, rank: int) -> str:
+    """What is said after one value of a parameter changed on one rank."""
+    ranks = Ranks(Mesh(layout, "cpu"))
+    model = tiny_model(torch.float32, value_dim=44, ffn_hidden_dim=30)
+    ranks.wrap(model, bf16=False)
+    parameters = ranks.parameters(model)
+    ranks.check_alike(parameters)
+    if ranks.rank == rank:
+        parameters[name].data.flatten()[0] += 1e-6
+    with pytest.raises(CheckFailed) as fault:
+        ranks.check_alike(parameters)
+    return str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("fsdp2", "layers.1.mega.cema.omega"),
+        ("hsdp", "layers.0.mega.wv.weight"),
+        ("fsdp2 x tp2", "layers.1.mega.timenorm.bias"),
+        ("fsdp2 x tp2", "layers.0.nffn.norm.weight"),
+    ],
+)
+def test_a_rank_that_strayed_is_found(layout: str, name: str) -> None:
+    last = LAYOUTS[layout].world_size - 1
+    for said in on_ranks(last + 1, strayed, LAYOUTS[layout], name, last):
+        assert said == f"{name} of rank {last} is no longer what the other ranks hold"
+
+
+def poisoned(layout: Layout) -> tuple[float, str | None, bool]:
+    """A step whose gradient is not finite on one rank only: the norm of it, and the verdict."""
+    ranks = Ranks(Mesh(layout, "cpu"))
+    model = tiny_model(torch.float32, value_dim=44, ffn_hidden_dim=30)
+    ranks.wrap(model, bf16=False)
+    parameters = ranks.parameters(model)
+    hidden, _ = model.hidden(**ranks.piece(model, random_tokens(2, 40), None))
+    (hidden.sum() * (float("nan") if ranks.rank == 1 else 1.0)).backward()
+    gradients = ranks.gradients(model, parameters)
+    norm, _ = gradient_norms(gradients, ranks.copies, ranks.sums)
+    guard = StepGuard("skip", "log")
+    verdict = guard.judge(1, ranks.sums([1.0])[0], float(norm))
+    return float(norm), verdict.event, verdict.accept
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "hsdp", "tp2", "cp2"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(layout: str) -> None:
+    for norm, event, accept in on_ranks(LAYOUTS[layout].world_size, poisoned, LAYOUTS[layout]):
+        assert norm != norm and event == "skip" and not accept
