@@ -8,7 +8,7 @@ import difflib
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -138,6 +138,10 @@ class Request:
     questions: "Questions | None"
     tasks: "Tasks | None"
     """Of the harness."""
+
+    def with_passes(self, tokens: int | None) -> "Request":
+        """The same in passes of another length; None leaves it."""
+        return self if tokens is None else replace(self, how=self.how._replace(piece=tokens))
 
     def measured(self) -> Evaluation:
         """Do it. Ctrl-C leaves nothing behind."""
@@ -282,7 +286,7 @@ def read(options: Options) -> Request:
     from megalodon.evaluation.context import choose
     from megalodon.evaluation.scoring import How
     from megalodon.profiling import numbers
-    from megalodon.training.host_memory import keep_freed_memory
+    from megalodon.training.host import keep_freed_memory
     from megalodon.training.plan import device_named
 
     device, batch, parts = device_named(options.device), options.batch_size, PARTS[options.suite]

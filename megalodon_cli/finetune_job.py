@@ -6,8 +6,8 @@ Not here: what any training does around its loop (training_job.py), what is show
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from megalodon.errors import InputError
-from megalodon_cli import console, run_start
+from megalodon.errors import InputError, RecipeError
+from megalodon_cli import console, run_start, training_job
 from megalodon_cli.base_models import Base, read_base
 from megalodon_cli.job import Asked, Job, Tuning
 
@@ -55,8 +55,16 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
     chat = _chat(config, base)
     seq_len, optim = _seq_len(config, base), _optim(config, base)
     parts = (config.train, optim, config.checkpoint, config.log, config.parallel)
-    make_plan(*parts, seq_len=seq_len, windows=1, device=asked.device)
     model_config, weights, rows = _rows(base, chat, lora is not None)
+    shape = {
+        "seq_len": seq_len,
+        "device": asked.device,
+        "world_size": asked.ranks,
+        **training_job.divided(model_config),
+    }
+    make_plan(*parts, windows=1, **shape)
+    if lora is not None and config.parallel.tp > 1:
+        raise RecipeError(f"parallel.tp {config.parallel.tp} with model.lora: adapters are not divided; expected 1")
     directory = run_start.directory_of(config, asked)
     frozen = frozen_values(config.model_dump(mode="json", by_alias=True)) | {"model.base": base.sha256}
     if not scratch and run_start.finished(directory, config, asked, frozen):
@@ -71,7 +79,7 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
             report=lambda examples: live.update(f"examples: {examples:,} encoded"),
         )
     loader = PackedLoader(prepared.train, prepared.train_packing, config.data.isolate, config.train.seed)
-    plan = make_plan(*parts, seq_len=seq_len, windows=loader.num_samples, device=asked.device)
+    plan = make_plan(*parts, windows=loader.num_samples, **shape)
     before = None if scratch else run_start.micro_rows(directory, frozen, plan.device.type)
 
     def adapted(model: "LanguageModel") -> None:

@@ -82,15 +82,26 @@ class Progress:
 
 
 def open_conversation(
-    writer: "Writer", files: SessionFiles, norm_stats: "NormStats | None", system: str | None, *, raw: bool
+    writer: "Writer",
+    files: SessionFiles,
+    norm_stats: "NormStats | None",
+    system: str | None,
+    *,
+    raw: bool,
+    piece: int | None = None,
 ) -> "Conversation":
-    """Begin, go on with a saved session, or read its transcript again. Raises: InputError."""
+    """Begin, go on with a saved session, or read its transcript again; `piece`: tokens of a pass, if not the usual.
+
+    Raises: InputError.
+    """
     from megalodon.inference.conversation import Conversation
-    from megalodon.inference.session import Session
+    from megalodon.inference.session import PIECE, Session
 
     if files.state is None:
-        return Conversation(writer, Session(writer.model, norm_stats=norm_stats or "cumulative"), system, raw=raw)
+        session = Session(writer.model, piece=piece or PIECE, norm_stats=norm_stats or "cumulative")
+        return Conversation(writer, session, system, raw=raw)
     talk = _rebuilt(writer, files.state, norm_stats, raw) if files.rebuild else load(writer, files.state, raw=raw)
+    talk.session.piece = piece or talk.session.piece
     if norm_stats not in (None, talk.session.norm_stats):
         raise InputError(
             f"{files.state} was read with --norm-stats {talk.session.norm_stats}; leave the option out, "

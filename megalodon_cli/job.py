@@ -33,6 +33,8 @@ class Asked(NamedTuple):
     allow: Sequence[str] = ()
     """Frozen keys that may differ."""
     no_prepare: bool = False
+    ranks: int = 1
+    """Processes that train together."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalodon.errors import CheckpointError
-from megalodon_cli import checkpoints, console
+from megalodon_cli import checkpoints, console, joining
 from megalodon_cli.job import Asked, Job
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def begin(job: Job, record: "RunRecord", unigram: float | None) -> None:
     _say_how(job, record)
     pairs = {key: [record.values["frozen"].get(key), job.frozen.get(key)] for key in job.asked.allow}
     allowed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    again = ["megalodon", job.config.kind, str(directory / "recipe.yaml"), "-o", str(directory)]
     record.update(
         status="running",
         error=None,
@@ -139,7 +140,7 @@ def begin(job: Job, record: "RunRecord", unigram: float | None) -> None:
         **({"examples": str(job.prepared.train.path)} if job.tuning else {}),
         frozen=dict(job.frozen),
         allowed=[*record.values["allowed"], *([allowed] if allowed else [])],
-        next=[shlex.join(["megalodon", job.config.kind, str(directory / "recipe.yaml"), "-o", str(directory)])],
+        next=[shlex.join([*again, *joining.asked()])],
     )
     _take_curve(directory, record)
     recipe = dump(job.resolved)

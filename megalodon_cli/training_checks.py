@@ -75,9 +75,10 @@ def check_resume(job: Job, signals: Signals, steps: int) -> None:
 
 def dry_run(job: Job, signals: Signals) -> None:
     """Take one real step, evaluate, save, load and export, and say what each took. Raises: what the run would."""
+    from megalodon.parallel.ranks import ALONE
     from megalodon.training.rehearsal import rehearse
 
-    table = training_job.tasks(job, _run(job, signals, job.directory).bytes_table, signals.asked)
+    table = training_job.tasks(job, _run(job, signals, job.directory).bytes_table, signals.asked, ALONE)
     tasks = dict(zip(("evaluation", "samples"), table, strict=False))
     with _scratch(job) as scratch:
         run = _run(job, signals, scratch)

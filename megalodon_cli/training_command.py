@@ -11,10 +11,11 @@ Not here: the loop (megalodon/training/loop.py), what is trained (training_job.p
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from megalodon.errors import MegalodonError, RecipeError, Stopped
-from megalodon_cli import console, run_start, training_checks, training_job
+from megalodon.errors import InputError, MegalodonError, RecipeError, Stopped
+from megalodon_cli import console, joining, run_start, training_checks, training_job
 from megalodon_cli.job import Asked, Ending, Job
 from megalodon_cli.signals import Signals
 from megalodon_cli.training_options import How
@@ -23,6 +24,7 @@ from megalodon_cli.training_screen import Screen, ending, header
 if TYPE_CHECKING:
     from megalodon.data.loader import Samples
     from megalodon.model.architectures import LanguageModelConfig
+    from megalodon.parallel.ranks import Ranks
     from megalodon.recipe import Resolved
     from megalodon.training.loop import Result, Run
     from megalodon.training.plan import Plan
@@ -35,9 +37,11 @@ Prepare = Callable[["Resolved", Asked, bool], Job | None]
 class Started:
     """A run that is ready to train, under its lock."""
 
-    def __init__(self, job: Job, run: "Run", record: "RunRecord", unigram: float | None, signals: Signals) -> None:
+    def __init__(
+        self, job: Job, run: "Run", record: "RunRecord | None", unigram: float | None, signals: Signals
+    ) -> None:
         self.job, self.run, self._record, self._unigram, self._signals = job, run, record, unigram, signals
-        self._ended: tuple[Result, Ending] | None = None
+        self._ended: tuple[Result, Ending | None] | None = None
 
     @property
     def parts(self) -> "tuple[LanguageModelConfig, Samples, Plan]":
@@ -45,8 +49,9 @@ class Started:
         return self.job.model_config, self.job.loader, self.job.plan
 
     def end(self, result: "Result") -> None:
-        """Export the model and complete the record."""
-        self._ended = result, training_job.finish(self.job, self._record, result, self._unigram)
+        """Export the model and complete the record, where there is one: on the main rank."""
+        ended = training_job.finish(self.job, self._record, result, self._unigram) if self._record else None
+        self._ended = result, ended
 
     def say(self) -> None:
         """Print how it ended. Raises: Stopped if a signal, a file or the clock ended it early."""
@@ -57,16 +62,21 @@ class Started:
         if result.status == "stopped":
             state = "saved" if result.saved else "nothing to save yet"
             raise Stopped(f"{result.reason}: stopping after step {result.step:,}: {state}; the same command continues")
-        ending(self.job, result, ended)
+        if ended:
+            ending(self.job, result, ended)
 
 
 @contextmanager
 def work(resolved: "Resolved", asked: Asked, how: How, prepare: Prepare) -> Iterator[Started | None]:
     """Prepare a run and yield it; or do the check that was asked for and yield None."""
-    with Signals() as signals:
+    patience = timedelta(minutes=resolved.config.parallel.timeout_minutes)
+    with Signals() as signals, joining.joined(asked.device, patience) as team:
+        if team.size > 1 and how.scratch:
+            raise InputError(f"--dry-run and --check-resume are for one process; this is one of {team.size}")
+        asked = asked._replace(device=team.device(asked.device), ranks=team.size)
         if resolved.config.train.deterministic:  # cuBLAS reads it when CUDA starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        job = prepare(resolved, asked, how.scratch)
+        job = team.in_turn(lambda: prepare(resolved, asked, how.scratch))
         if job is None:
             yield None
         elif how.check_resume:
@@ -75,20 +85,68 @@ def work(resolved: "Resolved", asked: Asked, how: How, prepare: Prepare) -> Iter
         elif how.dry_run:
             training_checks.dry_run(job, signals)
             yield None
+        elif not team.main:
+            with _beside(job, signals, how, team) as started:
+                yield started
+            started.say()
         else:
-            with _started(job, signals, how) as started:
+            with _started(job, signals, how, team) as started:
                 yield started
             started.say()
 
 
 @contextmanager
-def _started(job: Job, signals: Signals, how: How) -> Iterator[Started]:
+def _beside(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterator[Started]:
+    """Take part in the run of rank 0, which alone speaks and writes."""
+    from megalodon.training.host import train_here
+    from megalodon.training.loop import Run
+
+    plan = job.plan
+    if plan.device.type == "cpu":
+        train_here()
+    bytes_table = training_job.bytes_table(job)
+    ranks = _ranks(job, team)
+    run = Run(
+        directory=job.directory,
+        num_classes=job.num_classes,
+        bytes_table=bytes_table,
+        tasks=training_job.tasks(job, bytes_table, signals.asked, ranks),
+        build=job.build,
+        initialise=lambda model: run_start.initialise(job, model),
+        begin=lambda: joining.move_log(job.directory, ranks.rank),
+        stop=signals.reason,
+        ranks=ranks,
+        stop_at_step=how.stop_at_step,
+        max_seconds=how.max_seconds,
+    )
+    signals.training = True
+    try:
+        yield Started(job, run, None, None, signals)
+    finally:
+        signals.training = False
+
+
+def _ranks(job: Job, team: joining.Team) -> "Ranks":
+    """The ranks of a run, once they know that they are about to train the same."""
+    import hashlib
+
+    from megalodon.recipe import dump
+
+    recipe = hashlib.sha256(dump(job.resolved, origins=False).encode()).hexdigest()[:12]
+    data = job.prepared.train.fingerprint[:12], job.prepared.valid.fingerprint[:12]
+    what = {"recipe": recipe, "data": data, "code": joining.code_digest(), "micro_batch": job.plan.micro_rows}
+    team.agree(what)
+    return team.ranks(job.plan.layout, job.plan.device.type)
+
+
+@contextmanager
+def _started(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterator[Started]:
     """Take the lock of a run and yield it; on an error its record says so."""
     from megalodon.checkpoint.lock import RunLock
     from megalodon.checkpoint.store import clean_leftovers, make_directory
     from megalodon.profiling.trace import StepTrace
     from megalodon.recipe import dump
-    from megalodon.training.host_memory import keep_freed_memory
+    from megalodon.training.host import train_here
     from megalodon.training.loop import Run
     from megalodon.training.run import drop_unbegun
     from megalodon.training.sinks import Sinks
@@ -97,10 +155,11 @@ def _started(job: Job, signals: Signals, how: How) -> Iterator[Started]:
     if traced and traced[0] > plan.horizon:
         raise RecipeError(f"--profile {traced[0]}..{traced[1]}: the run has {plan.horizon:,} steps")
     if plan.device.type == "cpu":
-        keep_freed_memory()
+        train_here()
     bytes_table = training_job.bytes_table(job)
     unigram = training_job.unigram(job, bytes_table)
-    peak = _peak(plan)
+    ranks = _ranks(job, team)
+    peak = _peak(plan) * team.size
     header(job, peak)
     made = make_directory(job.directory)
     with RunLock(job.directory, force=how.force_unlock) as lock, console.Progress() as live, ExitStack() as places:
@@ -125,7 +184,7 @@ def _started(job: Job, signals: Signals, how: How) -> Iterator[Started]:
             num_classes=job.num_classes,
             bytes_table=bytes_table,
             about={"frozen": dict(job.frozen), "tokenizer": tokenizer.sha256, "horizon": plan.horizon},
-            tasks=training_job.tasks(job, bytes_table, signals.asked),
+            tasks=training_job.tasks(job, bytes_table, signals.asked, ranks),
             build=job.build,
             initialise=lambda model: run_start.initialise(job, model),
             resume_from=run_start.checkpoint_of(job),
@@ -134,6 +193,7 @@ def _started(job: Job, signals: Signals, how: How) -> Iterator[Started]:
             beat=lock.beat,
             stop=signals.reason,
             around=trace.around if trace else nullcontext,
+            ranks=ranks,
             stop_at_step=how.stop_at_step,
             max_seconds=how.max_seconds,
             peak_flops=peak,

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from megalodon.data.chat import ChatFormat, Message
     from megalodon.inference.sampling import SamplingConfig
-    from megalodon.model.architectures import LanguageModel
+    from megalodon.model.architectures import LanguageModel, LanguageModelConfig
+    from megalodon.parallel.ranks import Ranks
     from megalodon.recipe import Resolved
     from megalodon.training.loop import Result, Row
     from megalodon.training.run import RunRecord
@@ -45,7 +46,14 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
     resolved.require_complete()
     parts = (config.train, config.optim, config.checkpoint, config.log, config.parallel)
     with _unsupported(resolved):
-        make_plan(*parts, seq_len=config.data.seq_len, windows=1, device=asked.device)
+        make_plan(
+            *parts,
+            seq_len=config.data.seq_len,
+            windows=1,
+            device=asked.device,
+            world_size=asked.ranks,
+            **divided(config.model_config_for(config.padded_vocab_size())),
+        )
     require(config.log.to)
     directory = run_start.directory_of(config, asked)
     frozen = frozen_values(config.model_dump(mode="json", by_alias=True))
@@ -66,8 +74,15 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
         train, valid = (open_store(part.path, reader=reader) for part in (prepared.train, prepared.valid))
         prepared = prepared._replace(train=train, valid=valid)
     loader = Loader(prepared.train, config.data.seq_len, config.data.isolate, config.train.seed, config.data.weights())
-    plan = make_plan(*parts, seq_len=config.data.seq_len, windows=loader.num_samples, device=asked.device)
     model_config = config.model_config_for(prepared.tokenizer.vocab_size)
+    plan = make_plan(
+        *parts,
+        seq_len=config.data.seq_len,
+        windows=loader.num_samples,
+        device=asked.device,
+        world_size=asked.ranks,
+        **divided(model_config),
+    )
     before = None if scratch else run_start.micro_rows(directory, frozen, plan.device.type)
     plan = fitted(model_config, plan, available_memory(plan.device), before)
     rows = (prepared.valid, config.data.seq_len, config.data.isolate, plan.micro_rows, config.eval.tokens)
@@ -85,6 +100,17 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
         num_classes=prepared.tokenizer.vocab_size,
         validation=lambda: validation_batches(*rows),
     )
+
+
+def divided(model_config: "LanguageModelConfig") -> dict[str, Any]:
+    """What of a model several ranks divide, as `make_plan` takes it; nothing of the baseline."""
+    from megalodon.model.megalodon import ModelConfig
+    from megalodon.parallel.tensor import divided_sizes
+
+    if not isinstance(model_config, ModelConfig):
+        return {}
+    sizes = divided_sizes(model_config)
+    return {"chunk_size": model_config.chunk_size, "split": sizes, "dropout": model_config.has_dropout}
 
 
 @contextmanager
@@ -112,8 +138,8 @@ def _unsupported(resolved: "Resolved") -> Iterator[None]:
         )
 
 
-def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any, ...]:
-    """What the loop asks for between steps: the evaluation, then the samples."""
+def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool], ranks: "Ranks") -> tuple[Any, ...]:
+    """What the loop asks for between steps: the evaluation, by all ranks, then the samples."""
     from megalodon.evaluation.perplexity import ChatPromptConfig, evaluate
     from megalodon.inference.sampling import SamplingConfig
     from megalodon.inference.session import generate_text
@@ -133,6 +159,7 @@ def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any
             block=config.train.loss_chunk,
             bf16=plan.bf16,
             stop=stopping,
+            ranks=ranks,
         )
         return None if found is None else [found.row(config.eval.by_position)]
 
@@ -156,7 +183,7 @@ def tasks(job: Job, bytes_table: Any, stopping: Callable[[], bool]) -> tuple[Any
             found.append({"kind": "sample", **row})
         return found
 
-    scores = Task(score, config.eval.every, config.eval.at_start, averaged=True)
+    scores = Task(score, config.eval.every, config.eval.at_start, averaged=True, by_all=True)
     # What the base model says before the first step is what the tuned one is compared with.
     return (scores, Task(write, samples.every, at_start=tuning is not None)) if samples.prompts else (scores,)
 

@@ -33,6 +33,40 @@ NoPrepare = Annotated[
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda or cuda:N; auto = a GPU if there is one.", rich_help_panel="Run")
 ]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|all",
+        help="Train with N processes: on N GPUs, on a CPU with its cores divided; under torchrun or srun leave it out. "
+        "With --plan any number.",
+        rich_help_panel="Run",
+    ),
+]
+ReadingGpus = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="N|all",
+        help="Read long text with N processes, each a piece of it: on N GPUs, on a CPU with its cores divided.",
+        rich_help_panel="Run",
+    ),
+]
+Planned = Annotated[
+    bool,
+    typer.Option(
+        "--plan",
+        help="Print memory, traffic, time and disk of the run, predicted, and end; for any --gpus and --device.",
+        rich_help_panel="Run",
+    ),
+]
+PlannedDevice = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N; auto = a GPU if there is one. With --plan also a device that is not here: "
+        "a100-40, a100-80, h100, h200, b200, l40s, rtx3090, rtx4090.",
+        rich_help_panel="Run",
+    ),
+]
 Resume = Annotated[
     str,
     typer.Option(
@@ -133,6 +167,12 @@ def how(
     if console.wants_json() and not dry_run and not check_resume:
         raise InputError(f"--json: {command} prints a document only with --dry-run or --check-resume")
     return How(seconds, stop_at_step, traced, force_unlock, dry_run, check_resume)
+
+
+def only(option: str, others: Mapping[str, object]) -> None:
+    """Raises: InputError if an option that only looks is given beside one that says how to run."""
+    if given := [name for name, value in others.items() if value]:
+        raise InputError(f"{option} and {given[0]} are both given; expected one of them")
 
 
 def keys_of(changes: Mapping[str, str | None], deterministic: bool) -> list[str]:

@@ -7,17 +7,25 @@ import os
 import shutil
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from megalodon.errors import EnvironmentFault
-from megalodon_cli import console
+from megalodon_cli import console, joining, launch
 
 if TYPE_CHECKING:
     from megalodon.profiling.health import Check
 
+PATIENCE = timedelta(minutes=2)
+"""What ranks wait for one another here."""
 
-def doctor() -> None:
+
+def doctor(
+    gpus: Annotated[str | None, typer.Option(metavar="N|all", help="Also let N processes talk to one another.")] = None,
+) -> None:
     """Check this machine: versions, devices, every op against its reference, tokenizers, disk, the command's name.
 
     A line each: ✓ works, ✗ is broken (with what to do), – is not there and not needed. Ends with exit code 3 if
@@ -27,13 +35,17 @@ def doctor() -> None:
 
         megalodon doctor
 
-        megalodon doctor --json
+        megalodon doctor --gpus 2 --json
 
         megalodon doctor --log-file doctor.txt -v
     """
+    launch.start_if_asked(gpus, "auto")
+    if joining.is_helper():
+        _collectives()
+        return
     from megalodon.profiling.health import checks
 
-    found = [*checks(), _writable(Path.cwd()), _name_on_path()]
+    found = [*checks(), _writable(Path.cwd()), _name_on_path(), *_collectives()]
     width = max(len(check.name) for check in found)
     for check in found:
         mark = console.mark("skipped" if check.ok is None else "ok" if check.ok else "bad")
@@ -46,6 +58,19 @@ def doctor() -> None:
             f"{len(broken)} of {len(found)} checks failed: {', '.join(check.name for check in broken)}"
         )
     console.document("doctor", [check._asdict() for check in found])
+
+
+def _collectives() -> "list[Check]":
+    """What several ranks say to one another; nothing of one process."""
+    with joining.joined("auto", PATIENCE) as team:
+        if team.world is None:
+            return []
+        import torch
+
+        from megalodon.profiling.collectives import collectives
+
+        device = team.device("auto") if torch.cuda.is_available() else "cpu"
+        return [collectives(joining.everybody(), torch.device(device))]
 
 
 def _writable(folder: Path) -> "Check":

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megalodon_cli import checkpoints, console
+from megalodon_cli import checkpoints, console, joining, launch, reading, training_options
 
 Models = Annotated[
     list[str] | None,
@@ -166,6 +166,7 @@ def evaluate(
     batch_size: BatchSize = "auto",
     seed: Seed = 0,
     device: Device = "auto",
+    gpus: training_options.ReadingGpus = None,
     dtype: Dtype = "auto",
     plot: Plot = None,
     output_path: OutputPath = None,
@@ -226,8 +227,13 @@ def evaluate(
         from megalodon_cli import figures
 
         figures.check(plot)
+    launch.start_if_asked(gpus, device)
+    if joining.is_helper():
+        names = [*(list[str | None](options.models) or [None]), *options.compare]
+        return reading.help_with([checkpoints.model_directory(name) for name in names], device)
     request = evaluation_request.read(options)
-    evaluation = request.measured()
+    with reading.shared([subject.writer.model for subject in request.subjects], device) as piece:
+        evaluation = request.with_passes(piece).measured()
     evaluation_screen.show(evaluation.document)
     # before the verdict: what was cut leaves its rows behind
     for path in evaluation_screen.write_files(evaluation, request.folder, plot):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from megalodon.errors import InputError, RecipeError
-from megalodon_cli import finetune_job, recipe_files, training_command, training_options
+from megalodon_cli import finetune_job, launch, recipe_files, training_command, training_options
 from megalodon_cli.job import Asked
 
 
@@ -38,6 +38,7 @@ def finetune(
     ] = None,
     no_prepare: training_options.NoPrepare = False,
     device: training_options.Device = "auto",
+    gpus: training_options.Gpus = None,
     resume: training_options.Resume = "auto",
     max_steps: training_options.MaxSteps = None,
     max_tokens: training_options.MaxTokens = None,
@@ -87,6 +88,7 @@ def finetune(
     if method == "lora" and resolved.finetuning().model.lora is None:
         resolved = recipe_files.load(names, ["model.lora={}", *changes])
     resolved.finetuning()
+    launch.start_if_asked(gpus, device)
     asked = Asked(device, resume, out_dir, allow_change or (), no_prepare)
     with training_command.work(resolved, asked, how, finetune_job.prepare) as started:
         if started:

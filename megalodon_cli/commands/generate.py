@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from megalodon.errors import InputError
-from megalodon_cli import checkpoints, console, generation
+from megalodon_cli import checkpoints, console, generation, joining, launch, reading, training_options
 from megalodon_cli.prompts import read_prompt, read_system
 
 
 def generate(
+    context: typer.Context,
     checkpoint: Annotated[
         str | None,
         typer.Argument(
@@ -103,6 +104,7 @@ def generate(
     samples: Annotated[
         int, typer.Option("--samples", help="Answers to write, each with its own seed.", rich_help_panel="Run")
     ] = 1,
+    gpus: training_options.ReadingGpus = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="Lines of --input to answer together.", rich_help_panel="Run")
     ] = 16,
@@ -181,6 +183,13 @@ def generate(
     if samples > 1 and (save_state or chat):
         raise InputError(f"--samples {samples}: several answers are neither saved nor talked to; expected --samples 1")
 
+    if source is not None and gpus is not None:
+        raise InputError(
+            "--input and --gpus are given; short prompts are not cut, start a command for each part of the file"
+        )
+    launch.start_if_asked(gpus, "cpu")
+    if joining.is_helper():
+        return reading.help_with([checkpoints.model_directory(checkpoint)], "cpu")
     from megalodon.inference.batch_files import Defaults
     from megalodon.inference.session import Answering, GivenUp, load_writer
     from megalodon.inference.text_file import open_text
@@ -194,7 +203,9 @@ def generate(
     text = read_prompt(prompt, file, needed=not (read or state or chat))
     texts = [open_text(path) for path in read or ()]
     directory = checkpoints.model_directory(checkpoint)
-    talk = generation.open_conversation(load_writer(directory), files, norm_stats, system, raw=raw)
+    writer = load_writer(directory)
+    together = context.with_resource(reading.shared([writer.model], "cpu"))
+    talk = generation.open_conversation(writer, files, norm_stats, system, raw=raw, piece=together)
     for each in texts:
         console.info(generation.read_text(talk, each))
     how, written, interrupts = Answering(sampling, max_new_tokens, tuple(stop or ())), None, Interrupts()

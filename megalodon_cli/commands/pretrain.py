@@ -9,14 +9,15 @@ from typing import Annotated
 import typer
 
 from megalodon.errors import InputError, RecipeError
-from megalodon_cli import recipe_files, training_command, training_job, training_options
+from megalodon_cli import launch, plan_screen, recipe_files, training_command, training_job, training_options
 from megalodon_cli.job import Asked
 
 
 def pretrain(
     arguments: training_options.Recipes,
     no_prepare: training_options.NoPrepare = False,
-    device: training_options.Device = "auto",
+    device: training_options.PlannedDevice = "auto",
+    gpus: training_options.Gpus = None,
     resume: training_options.Resume = "auto",
     init_from: Annotated[
         str | None,
@@ -34,6 +35,7 @@ def pretrain(
     deterministic: training_options.Deterministic = False,
     allow_change: training_options.AllowChange = None,
     force_unlock: training_options.ForceUnlock = False,
+    plan: training_options.Planned = False,
     dry_run: training_options.DryRun = False,
     check_resume: training_options.CheckResume = None,
     out_dir: training_options.OutDir = None,
@@ -48,13 +50,20 @@ def pretrain(
 
         megalodon pretrain debug optim.lr=1e-3 -o runs/debug-slow
 
-        megalodon pretrain debug --max-steps 12 -o runs/debug-long
+        megalodon pretrain 7b --plan --gpus 256 --device h100
+
+        megalodon pretrain debug --gpus 2 -o runs/debug-two
     """
     names, changes = recipe_files.split(arguments)
     if not names:
         raise RecipeError("no recipe; expected a shipped name or a file ending in .yaml", "megalodon recipes ls")
     keys = {"model.init_from": init_from, "train.max_steps": max_steps, "train.max_tokens": max_tokens}
     changes += training_options.keys_of(keys, deterministic)
+    if plan:
+        checks = {"--dry-run": dry_run, "--check-resume": check_resume, "--profile": profile, "--max-time": max_time}
+        training_options.only("--plan", {**checks, "--stop-at-step": stop_at_step})
+        plan_screen.show(recipe_files.load(names, changes), gpus, device)
+        return
     how = training_options.how(
         "pretrain",
         max_time=max_time,
@@ -68,6 +77,7 @@ def pretrain(
         raise InputError("--resume STEP_DIR and --init-from are both given; a step has its own weights, drop one")
     resolved = recipe_files.load(names, changes)
     resolved.pretraining()
+    launch.start_if_asked(gpus, device)
     asked = Asked(device, resume, out_dir, allow_change or (), no_prepare)
     with training_command.work(resolved, asked, how, training_job.prepare) as started:
         if started:

@@ -203,7 +203,7 @@ REFUSED = {
     "a time without unit": (["--max-time", "soon"], "--max-time: `soon` is not a time such as 90s"),
     "a device": (["--device", "tpu"], "--device tpu: expected auto, cpu"),
     "a batch": (["train.batch_tokens=150"], "150 is not a multiple of data.seq_len 37"),
-    "a micro-batch": (["train.micro_batch=3"], "train.micro_batch 3 does not divide the 4 sequences"),
+    "a micro-batch": (["train.micro_batch=3"], "train.micro_batch 3 does not divide the 4 windows"),
     "no time": (["--max-time", "0s"], "--max-time: `0s` leaves no time for a step"),
     "no steps": (["--max-steps", ""], "--max-steps: expected a value, such as --max-steps 2000, got nothing"),
     "no tokens": (["--max-tokens", ""], "--max-tokens: expected a value, such as --max-tokens 2M, got nothing"),
@@ -240,14 +240,14 @@ def test_bad_input_is_one_message_exit_2_and_no_run(name: str) -> None:
 
 
 def test_all_that_is_not_there_yet_is_named_at_once_each_with_its_place() -> None:
-    Path("mine.yaml").write_text("base: debug\nname: mine\nparallel: {tp: 2}\n")
+    Path("mine.yaml").write_text("base: debug\nname: mine\ntrain: {backend: triton}\n")
     done = CliRunner().invoke(app, ["pretrain", "mine.yaml", "train.precision=bf16", "model.lora={r: 4}"])
     assert done.exit_code == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
         "error: command line: model.lora={r: 4}: an adapter is not available in pretrain; expected null",
         "error: command line: train.precision=bf16: bf16 is not available here; expected auto or bf16-mixed or fp32",
-        "error: mine.yaml:3:16: parallel.tp: 2 is not available here; expected 1",
+        "error: mine.yaml:3:18: train.backend: triton is not available here; expected auto or portable or reference",
     ]
 
 
