@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megalodon.errors import InputError, RecipeError
-from megalodon_cli import console, run_start, training_job
+from megalodon_cli import console, run_start
 from megalodon_cli.base_models import Base, read_base
 from megalodon_cli.job import Asked, Job, Tuning
 
@@ -33,6 +33,7 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
     from megalodon.model.adapters import inject, require_peft
     from megalodon.model.architectures import as_megalodon
     from megalodon.model.weights import copy_weights
+    from megalodon.parallel.tensor import limits_of
     from megalodon.training.memory import available_memory, fitted
     from megalodon.training.plan import make_plan
     from megalodon.training.run import frozen_values
@@ -60,7 +61,7 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
         "seq_len": seq_len,
         "device": asked.device,
         "world_size": asked.ranks,
-        **training_job.divided(model_config),
+        **limits_of(model_config),
     }
     make_plan(*parts, windows=1, **shape)
     if lora is not None and config.parallel.tp > 1:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from megalodon.data.chat import ChatFormat, Message
     from megalodon.inference.sampling import SamplingConfig
-    from megalodon.model.architectures import LanguageModel, LanguageModelConfig
+    from megalodon.model.architectures import LanguageModel
     from megalodon.parallel.ranks import Ranks
     from megalodon.recipe import Resolved
     from megalodon.training.loop import Result, Row
@@ -37,6 +37,7 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
     from megalodon.data.loader import Loader, validation_batches
     from megalodon.data.prepare import prepare_store
     from megalodon.data.shards import open_store
+    from megalodon.parallel.tensor import limits_of
     from megalodon.training.memory import available_memory, fitted
     from megalodon.training.plan import make_plan
     from megalodon.training.run import frozen_values
@@ -52,7 +53,7 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
             windows=1,
             device=asked.device,
             world_size=asked.ranks,
-            **divided(config.model_config_for(config.padded_vocab_size())),
+            **limits_of(config.model_config_for(config.padded_vocab_size())),
         )
     require(config.log.to)
     directory = run_start.directory_of(config, asked)
@@ -81,7 +82,7 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
         windows=loader.num_samples,
         device=asked.device,
         world_size=asked.ranks,
-        **divided(model_config),
+        **limits_of(model_config),
     )
     before = None if scratch else run_start.micro_rows(directory, frozen, plan.device.type)
     plan = fitted(model_config, plan, available_memory(plan.device), before)
@@ -100,17 +101,6 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
         num_classes=prepared.tokenizer.vocab_size,
         validation=lambda: validation_batches(*rows),
     )
-
-
-def divided(model_config: "LanguageModelConfig") -> dict[str, Any]:
-    """What of a model several ranks divide, as `make_plan` takes it; nothing of the baseline."""
-    from megalodon.model.megalodon import ModelConfig
-    from megalodon.parallel.tensor import divided_sizes
-
-    if not isinstance(model_config, ModelConfig):
-        return {}
-    sizes = divided_sizes(model_config)
-    return {"chunk_size": model_config.chunk_size, "split": sizes, "dropout": model_config.has_dropout}
 
 
 @contextmanager

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megalodon.model.architectures import LanguageModelConfig
 from megalodon.model.megalodon import Block, Megalodon, ModelConfig
 from megalodon.parallel.collectives import all_gather, reduce_scatter
 from megalodon.parallel.mesh import Mesh
@@ -34,10 +35,13 @@ COLUMNS = ("wh2", "fc2")
 """Linear maps that are cut along their input features."""
 
 
-def divided_sizes(config: ModelConfig) -> dict[str, int]:
-    """The sizes of a model that the ranks of a group must divide, by their key."""
+def limits_of(config: LanguageModelConfig) -> dict[str, Any]:
+    """What of a model bounds its layout over ranks, as `check_layout` takes it; nothing of the baseline."""
+    if not isinstance(config, ModelConfig):
+        return {}
     names = ("num_heads", "norm_num_groups", "model_dim", "z_dim", "value_dim", "ffn_hidden_dim")
-    return {name: getattr(config, name) for name in names}
+    split = {name: getattr(config, name) for name in names}
+    return {"chunk_size": config.chunk_size, "split": split, "dropout": config.has_dropout}
 
 
 def split_axis(name: str) -> int | None:

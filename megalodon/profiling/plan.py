@@ -12,6 +12,7 @@ Not here: what training itself measures before step 1 (training/memory.py), how 
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -20,9 +21,10 @@ import torch
 
 from megalodon.errors import InputError, RecipeError
 from megalodon.model.architectures import LanguageModelConfig, build_model
-from megalodon.model.layers import Float32Module
 from megalodon.model.megalodon import ModelConfig
+from megalodon.parallel.fsdp import island_names
 from megalodon.parallel.layout import Layout, ParallelConfig, check_layout, resolve_layout
+from megalodon.parallel.tensor import limits_of, split_axis
 from megalodon.profiling.devices import DeviceSpec
 from megalodon.profiling.exchange import Exchange, Sizes, exchanges
 from megalodon.profiling.shapes_only import LiveBytes, laid_out, shapes_only
@@ -173,16 +175,13 @@ def plan_run(setup: Setup) -> RunPlan:
 
 
 def _layout(setup: Setup) -> Layout:
-    layout, config = resolve_layout(setup.parallel, setup.ranks), setup.model
-    names = ("num_heads", "norm_num_groups", "model_dim", "z_dim", "value_dim", "ffn_hidden_dim")
-    ours = isinstance(config, ModelConfig)
+    layout = resolve_layout(setup.parallel, setup.ranks)
     check_layout(
         layout,
         seq_len=setup.seq_len,
-        chunk_size=config.chunk_size if ours else None,
         batch_tokens=setup.train.batch_tokens,
         micro_batch=None if setup.train.micro_batch == "auto" else setup.train.micro_batch,
-        split={name: getattr(config, name) for name in names} if ours else None,
+        **limits_of(setup.model),
     )
     return layout
 
@@ -280,28 +279,15 @@ def sizes_of(config: LanguageModelConfig) -> Sizes:
     """Count the parameters of a model by how they are laid out over ranks, without building it."""
     with torch.device("meta"):
         model = build_model(config.model_copy(update={"num_layers": 1}))
-    whole, blocks, blocks_split, islands, islands_split, outer, outer_split = 0, 0, 0, 0, 0, 0, 0
-    islands_of = {id(p) for m in model.modules() if isinstance(m, Float32Module) for p in m.parameters(recurse=False)}
-    in_block = {id(p) for block in model.layers for p in block.parameters()}
+    wide = {*island_names(model)}
+    counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        size, split = parameter.numel(), _is_split(name)
-        if id(parameter) in in_block and id(parameter) in islands_of:
-            islands, islands_split = islands + size, islands_split + split * size
-        elif id(parameter) in in_block:
-            blocks, blocks_split = blocks + size, blocks_split + split * size
-        elif id(parameter) in islands_of:
-            outer, outer_split = outer + size, outer_split + split * size
-        else:
-            whole += size
-    n = config.num_layers
-    return Sizes(n * blocks, whole, n * islands + outer, n * blocks_split, n * islands_split + outer_split)
-
-
-def _is_split(name: str) -> bool:
-    """Whether tp divides a parameter; the others stand whole on each of its ranks."""
-    owner, kind = name.split(".")[-2:]
-    whole = ("wz", "wr", "wv", "wh1", "wh2", "fc1", "fc2", "fc3", "timenorm", "final_norm", "cema", "mega")
-    return owner in whole or (owner, kind) == ("nffn", "alpha")
+        block = "layers" in name.split(".")[:-1]
+        kind = "islands" if name in wide else "blocks" if block else "root"
+        times = config.num_layers if block else 1
+        counts[kind] += times * parameter.numel()
+        counts[f"{kind} split"] += 0 if split_axis(name) is None else times * parameter.numel()
+    return Sizes(counts["blocks"], counts["root"], counts["islands"], counts["blocks split"], counts["islands split"])
 
 
 @functools.lru_cache

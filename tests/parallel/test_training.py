@@ -20,7 +20,7 @@ from megalodon.evaluation.perplexity import evaluate
 from megalodon.parallel.layout import Layout, ParallelConfig
 from megalodon.parallel.mesh import Mesh
 from megalodon.parallel.ranks import ALONE, Ranks
-from megalodon.parallel.tensor import divided_sizes
+from megalodon.parallel.tensor import limits_of
 from megalodon.training.guard import StepGuard
 from megalodon.training.loop import Run, Task, Trainer, train
 from megalodon.training.metrics import LogConfig
@@ -46,8 +46,7 @@ def parts(folder: str, layout: Layout | None, isolate: str, how: dict[str, Any])
         CheckpointConfig(every=2),
         LogConfig(health_every=2),
         ParallelConfig(dp_replicate=shape.dp_replicate, dp_shard=shape.dp_shard, cp=shape.cp, tp=shape.tp),
-        seq_len=SEQ_LEN, windows=50, device="cpu", world_size=shape.world_size, chunk_size=10,
-        split=divided_sizes(config),
+        seq_len=SEQ_LEN, windows=50, device="cpu", world_size=shape.world_size, **limits_of(config),
     )  # fmt: skip
     return config, Loader(open_store(Path(folder).parent / "store"), SEQ_LEN, isolate, 1), plan, ranks
 
