@@ -37,11 +37,12 @@ LAYOUTS = {
 
 def parts(folder: str, layout: Layout | None, isolate: str, how: dict[str, Any]) -> Any:
     """What a rank of a layout trains: configuration, samples, plan, ranks."""
+    precision = how.pop("precision", "fp32")
     config = tiny_config(ffn_hidden_dim=30, swiglu=True, **how)
     ranks = Ranks(Mesh(layout, "cpu")) if layout else ALONE
     shape = ranks.layout
     plan = make_plan(
-        TrainConfig(max_steps=STEPS, batch_tokens=8 * SEQ_LEN, micro_batch=1),
+        TrainConfig(max_steps=STEPS, batch_tokens=8 * SEQ_LEN, micro_batch=1, precision=precision),
         OptimConfig(lr=1e-2, warmup="2 steps", ema=0.9),
         CheckpointConfig(every=2),
         LogConfig(health_every=2),
@@ -57,7 +58,7 @@ def run(folder: str, layout: Layout | None, isolate: str = "doc", stop_at: int |
 
     def score(model: Any) -> Any:
         batches = validation_batches(loader.store, SEQ_LEN, "doc", 3, 500)
-        found = evaluate(model, batches, BYTES_TABLE, NUM_CLASSES, ranks=ranks)
+        found = evaluate(model, batches, BYTES_TABLE, NUM_CLASSES, bf16=plan.bf16, ranks=ranks)
         return found and [found.row()]
 
     def count(model: Any) -> Any:
@@ -202,6 +203,20 @@ def reloaded(folder: str, layout: Layout | None) -> dict[str, torch.Tensor]:
     trainer.resume()
     trainer.metrics.close()
     return trainer.weights.whole() if layout or ranks.main else {}
+
+
+def in_bfloat16(folder: str, layout: Layout | None) -> Any:
+    return run(folder, layout, precision="bf16-mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2", "cp2", "tp2"])
+def test_losses_in_bfloat16_follow_those_of_one(folder: Path, name: str) -> None:
+    """Products are rounded to 2⁻⁹, the same on all; what is summed over ranks is float32, in another order."""
+    in_bfloat16(str(folder / "one"), None)
+    on_ranks(LAYOUTS[name].world_size, in_bfloat16, str(folder / "many"), LAYOUTS[name])
+    one, many = ([row["loss"] for row in rows(folder / x) if row["kind"] == "train"] for x in ("one", "many"))
+    assert many == pytest.approx(one, rel=2**-9)
 
 
 RESHARDED = [(before, after) for before in ("one", "fsdp4", "cp2 x tp2") for after in ("one", "tp2", "hsdp")]
