@@ -40,7 +40,7 @@ def read(
 ) -> tuple["Request", str]:
     """Return the request, and what it measures in a word. Raises: InputError, RecipeError, DataError."""
     from megalodon.profiling.timing import OPS, WHAT, Request
-    from megalodon.training.host import train_here
+    from megalodon.training.host import keep_freed_memory
     from megalodon.training.optim import OptimConfig
     from megalodon.training.plan import TrainConfig, device_named
 
@@ -56,7 +56,7 @@ def read(
     config = target.recipe
     train = config.train if config else TrainConfig(max_steps=1)
     if place.type == "cpu":
-        train_here()
+        keep_freed_memory()
         if backend in ("auto", "portable"):
             console.note("on a CPU the portable path is timed; Triton's kernels run on a GPU alone")
     request = Request(

@@ -98,12 +98,10 @@ def work(resolved: "Resolved", asked: Asked, how: How, prepare: Prepare) -> Iter
 @contextmanager
 def _beside(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterator[Started]:
     """Take part in the run of rank 0, which alone speaks and writes."""
-    from megalodon.training.host import train_here
+    from megalodon.training.host import training_here
     from megalodon.training.loop import Run
 
     plan = job.plan
-    if plan.device.type == "cpu":
-        train_here()
     bytes_table = training_job.bytes_table(job)
     ranks = _ranks(job, team)
     run = Run(
@@ -121,7 +119,8 @@ def _beside(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterato
     )
     signals.training = True
     try:
-        yield Started(job, run, None, None, signals)
+        with training_here() if plan.device.type == "cpu" else nullcontext():
+            yield Started(job, run, None, None, signals)
     finally:
         signals.training = False
 
@@ -146,7 +145,7 @@ def _started(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterat
     from megalodon.checkpoint.store import clean_leftovers, make_directory
     from megalodon.profiling.trace import StepTrace
     from megalodon.recipe import dump
-    from megalodon.training.host import train_here
+    from megalodon.training.host import training_here
     from megalodon.training.loop import Run
     from megalodon.training.run import drop_unbegun
     from megalodon.training.sinks import Sinks
@@ -154,8 +153,6 @@ def _started(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterat
     config, plan, tokenizer, traced = job.config, job.plan, job.prepared.tokenizer, how.traced
     if traced and traced[0] > plan.horizon:
         raise RecipeError(f"--profile {traced[0]}..{traced[1]}: the run has {plan.horizon:,} steps")
-    if plan.device.type == "cpu":
-        train_here()
     bytes_table = training_job.bytes_table(job)
     unigram = training_job.unigram(job, bytes_table)
     ranks = _ranks(job, team)
@@ -198,6 +195,8 @@ def _started(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterat
             max_seconds=how.max_seconds,
             peak_flops=peak,
         )
+        if plan.device.type == "cpu":
+            places.enter_context(training_here())
         signals.training = True
         try:
             yield Started(job, run, record, unigram, signals)

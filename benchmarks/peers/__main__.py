@@ -38,7 +38,7 @@ import results
 import timing
 import train
 from megalodon.errors import EnvironmentFault, InputError, MegalodonError
-from megalodon.training.host import train_here
+from megalodon.training.host import keep_freed_memory
 
 SECTIONS = {"train": train, "jax": jax_port, "cema": cema, "decode": decode, "gpu": gpu}
 NEEDS = {"train": ("transformers",), "jax": ("megalodon_jax", "equinox", "optax"), "decode": ("transformers",)}
@@ -184,7 +184,7 @@ def _apart(key: str, given: argparse.Namespace) -> results.Entry:
 
 def _measure(given: argparse.Namespace) -> None:
     """In the process of one entry: build it, let its sides take turns, write what was found or what went wrong."""
-    train_here()  # as `megalodon pretrain` does on a CPU; for every side alike
+    keep_freed_memory()  # as `megalodon pretrain` does on a CPU; for every side alike
     try:
         contest = _contests(given.smoke)[given.entry]()
         rates = timing.take_turns(contest.sides, given.turns, lambda line: sys.stderr.write(f"   {line}\n") and None)

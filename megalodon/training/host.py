@@ -5,6 +5,8 @@ Both settings hold for the whole process, so the command decides, not the librar
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,7 +28,8 @@ def keep_freed_memory() -> bool:
     return all([mallopt(name, value) == 1 for name, value in settings.items()])
 
 
-def train_here() -> None:
+@contextmanager
+def training_here() -> Iterator[None]:
     """Make the CPU of this process ready for training: freed memory is kept, numbers below 1.2e-38 count as zero.
 
     The processor takes a hundred times as long over such a number, and a model that strays makes many: a step of the
@@ -34,3 +37,7 @@ def train_here() -> None:
     """
     keep_freed_memory()
     torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

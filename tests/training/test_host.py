@@ -29,8 +29,9 @@ def test_a_freed_block_stays_only_if_asked(size: int, keep: bool) -> None:
 
 
 def test_tiny_numbers_are_zero_in_every_thread() -> None:
-    lines = ["import torch", "from megalodon.training.host import train_here", "torch.set_num_threads(2)"]
+    lines = ["import torch", "from megalodon.training.host import training_here", "torch.set_num_threads(2)"]
     lines += ["x = torch.full((1 << 20,), 1e-39)", "assert float((x * 0.5).min()) > 0"]  # the threads are there already
-    lines += ["train_here()", "print(float((x * 0.5).abs().max()))"]
+    lines += ["with training_here():", "    print(float((x * 0.5).abs().max()))"]
+    lines += ["assert float((x * 0.5).max()) > 0"]  # and as before when it ends
     ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     assert ended.stdout == "0.0\n"
