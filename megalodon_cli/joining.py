@@ -145,10 +145,14 @@ class Team:
 
     def ranks(self, layout: "Layout", device: str) -> "Ranks":
         """The ranks as training sees them."""
-        from megalodon.parallel.mesh import Mesh
-        from megalodon.parallel.ranks import ALONE, Ranks
+        from megalodon.parallel.ranks import ALONE
 
-        return Ranks(Mesh(layout, device)) if self.world else ALONE
+        if self.world is None:
+            return ALONE
+        from megalodon.parallel.mesh import Mesh
+        from megalodon.parallel.several import SeveralRanks
+
+        return SeveralRanks(Mesh(layout, device))
 
     def agree(self, what: Mapping[str, Any]) -> None:
         """Check that all ranks are about to do the same. Raises: CheckFailed naming the ranks that are not."""

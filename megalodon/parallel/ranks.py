@@ -1,37 +1,21 @@
-"""The ranks of a run as training sees them: one process alone, or several that hold a model between them.
+"""The ranks of a run as training sees them: one process alone, and what several must answer too (several.py).
 
-    ranks = Ranks()                       # alone: every method is the identity
-    ranks = Ranks(Mesh(layout, "cpu"))    # on every rank, after init_process_group
+    ranks = ALONE
     ranks.wrap(model, bf16=False)
     hidden, state = model.hidden(**ranks.piece(model, tokens, starts))       # of its windows, or its piece of them
 
 Every rank calls the same methods in the same order; what steers a run (stop, save, roll back) is agreed on first.
-Not here: how a model is sharded (fsdp.py), split (tensor.py), or reads a piece (chunk.py); who starts the processes.
+Nothing here imports PyTorch's distributed engine, which takes half a second to load.
 """
 
-import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
 
-from megalodon.errors import CheckFailed
 from megalodon.model.architectures import LanguageModel, ModelState
-from megalodon.model.megalodon import Megalodon
-from megalodon.model.state import State
-from megalodon.parallel.chunk import ChunkPrefix
-from megalodon.parallel.collectives import all_gather
-from megalodon.parallel.fsdp import shard_model, sum_islands, units
-from megalodon.parallel.layout import ONE
-from megalodon.parallel.mesh import Mesh
-from megalodon.parallel.tensor import split_layers
-from megalodon_kernels import Statistics
+from megalodon.parallel.layout import ONE, Layout
 
 T = TypeVar("T")
 
@@ -44,50 +28,22 @@ class Piece(NamedTuple):
     """Of the whole tensor."""
 
 
-class _Sharded(NamedTuple):
-    """How FSDP laid out a parameter."""
-
-    mesh: DeviceMesh
-    placements: Sequence[Placement]
-    shape: torch.Size
-    """Of what its ranks hold between them."""
-
-
 class Ranks:
-    """See above.
+    """One process, which is all ranks there are: what it has is the whole, what it says is agreed."""
 
-    Args:
-        mesh: of the ranks; None for one process.
-    """
-
-    def __init__(self, mesh: Mesh | None = None) -> None:
-        self.mesh = mesh
-        self.layout = mesh.layout if mesh else ONE
-        self._islands: dict[str, nn.Parameter] = {}
-        self._split: dict[str, int] = {}
-        self._sharded: dict[str, _Sharded] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._common: Exception | None = None
-
-    @property
-    def rank(self) -> int:
-        """The number of this process."""
-        return self.mesh.rank if self.mesh else 0
+    alone = True
+    layout: Layout = ONE
+    rank = 0
+    """The number of this process."""
+    data_rank = 0
+    """Which share of the windows of a step this rank reads, of `layout.data_ranks`."""
+    stream = 0
+    """Which stream of random numbers is this rank's: another for each share of windows and piece of a sequence."""
 
     @property
     def main(self) -> bool:
         """Whether this is the rank that writes and speaks."""
         return self.rank == 0
-
-    @property
-    def data_rank(self) -> int:
-        """Which share of the windows of a step this rank reads, of `layout.data_ranks`."""
-        return self.mesh.data_rank if self.mesh else 0
-
-    @property
-    def stream(self) -> int:
-        """Which stream of random numbers is this rank's: another for each share of windows and piece of a sequence."""
-        return self.mesh.data_rank * self.layout.cp + self.mesh.cp_rank if self.mesh else 0
 
     @property
     def reader(self) -> int:
@@ -103,48 +59,21 @@ class Ranks:
 
     def wrap(self, model: LanguageModel, *, bf16: bool) -> None:
         """Leave this rank's parts of a whole model in it, in place. The model is called by `hidden` from then on."""
-        if self.mesh is None:
-            return
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        if self.layout.tp > 1:
-            self._split = split_layers(cast(Megalodon, model), self.mesh)
-        self._islands = shard_model(model, self.mesh, bf16=bf16)
-        for name, p in model.named_parameters():
-            if isinstance(p, DTensor):
-                self._sharded[name] = _Sharded(p.device_mesh, p.placements, p.shape)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What the optimizer updates, by name: the parameters, of sharded ones this rank's part in the same memory."""
-        found = {}
-        for name, parameter in model.named_parameters():
-            if isinstance(parameter, DTensor):
-                part = cast(DTensor, parameter.detach()).to_local()
-                found[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
-            else:
-                found[name] = parameter
-        return found
+        return dict(model.named_parameters())
 
     def gradients(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Sum gradients over ranks as far as FSDP has not; give every parameter its part, and return them by name."""
-        if self.mesh:
-            sum_islands(self._islands, self._split, self.mesh)
-        for name, parameter in model.named_parameters():
-            if isinstance(parameter, DTensor):
-                grad = parameter.grad
-                parameters[name].grad = grad.to_local() if isinstance(grad, DTensor) else None
         return {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
     def at_rest(self, model: nn.Module) -> None:
         """Let the model hold its own parts alone: after a pass without gradients its outer unit is still gathered."""
-        for unit in units(model) if self.mesh else ():
-            unit.reshard()
 
     def copies(self, name: str) -> int:
         """How many ranks hold the same part of a parameter."""
-        shape = self.layout
-        if name not in self._islands:
-            return shape.dp_replicate
-        return shape.world_size // (shape.tp if name in self._split else 1)
+        return 1
 
     # A step
 
@@ -154,62 +83,31 @@ class Ranks:
         Args:
             tokens: (B, T), on any device. starts: (B, T) on the CPU, or None.
         """
-        if self.layout.cp == 1:
-            return {"tokens": tokens.to(model.device), "starts": starts}
-        assert self.mesh is not None and isinstance(model, Megalodon)
-        length = tokens.shape[1] // self.layout.cp
-        prefix = ChunkPrefix(self.mesh.pieces, starts, len(tokens), length, model.config.chunk_size)
-        return {"tokens": self._piece(tokens).to(model.device), "starts": prefix.starts, "prefix": prefix}
+        return {"tokens": tokens.to(model.device), "starts": starts}
 
     def scored(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the piece (B, L, D) and targets of the windows (B, T): those this rank takes the loss of.
 
         Returns: (M, D), (M,): with tp every rank of a group takes a part of the tokens that all have.
         """
-        hidden, targets = hidden.flatten(0, 1), self._piece(targets).flatten()
-        if self.layout.tp > 1:
-            assert self.mesh is not None
-            low, high = (len(targets) * n // self.layout.tp for n in (self.mesh.tp_rank, self.mesh.tp_rank + 1))
-            hidden, targets = hidden[low:high], targets[low:high]
-        return hidden, targets
-
-    def _piece(self, x: Tensor) -> Tensor:
-        """(B, T) -> (B, T / cp)."""
-        return x.chunk(self.layout.cp, 1)[self.mesh.cp_rank] if self.mesh and self.layout.cp > 1 else x
+        return hidden.flatten(0, 1), targets.flatten()
 
     def last_pass(self, model: nn.Module, last: bool) -> None:
         """Say whether the coming backward pass is the last of the step: only then gradients travel."""
-        for unit in units(model) if self.mesh else ():
-            unit.set_requires_gradient_sync(last)
 
     # Agreement
 
     def total(self, *counts: int) -> list[int]:
         """Sums over the shares of windows; the ranks of one share have the same counts."""
-        if self.mesh is None:
-            return list(counts)
-        mine = self.mesh.cp_rank == 0 and self.mesh.tp_rank == 0
-        sums = torch.tensor(counts if mine else [0] * len(counts))
-        dist.all_reduce(sums, group=self.mesh.talk)
-        found: list[int] = sums.tolist()
-        return found
+        return list(counts)
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks, in float64; the values themselves for one process."""
-        if self.mesh is None:
-            return list(values)
-        sums = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(sums, group=self.mesh.talk)
-        found: list[float] = sums.tolist()
-        return found
+        return list(values)
 
     def most(self, number: int) -> int:
         """The largest of the numbers of all ranks."""
-        if self.mesh is None:
-            return number
-        largest = torch.tensor(number)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.mesh.talk)
-        return int(largest)
+        return number
 
     def any(self, *flags: bool) -> list[bool]:
         """Whether each flag is set on some rank."""
@@ -217,92 +115,31 @@ class Ranks:
 
     def from_main(self, value: Callable[[], T]) -> T:
         """What the main rank says; nobody else is asked. What it raises is raised everywhere."""
-        if self.mesh is None:
-            return value()
-        told: list[Any] = [None, None]
-        raised: Exception | None = None
-        if self.main:
-            try:
-                told = [value(), None]
-            except Exception as error:
-                raised, told = error, [None, _sendable(error)]
-        dist.broadcast_object_list(told, src=0, group=self.mesh.talk)
-        if told[1] is not None:
-            self._common = raised or told[1]
-            raise self._common
-        return cast(T, told[0])
+        return value()
 
     def all_have(self, error: Exception) -> bool:
         """Whether every rank is known to have met this error here, so that all can go on together: from `from_main`."""
-        return self.mesh is None or error is self._common
+        return True
 
     def first(self, word: str | None) -> str | None:
         """What the first rank says that does not say None, on every rank."""
-        if self.mesh is None or not self.any(word is not None)[0]:
-            return word
-        told: list[str | None] = [None] * self.layout.world_size
-        dist.all_gather_object(told, word, group=self.mesh.talk)
-        said: str = next(one for one in told if one is not None)
-        return said
+        return word
 
     def check_alike(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Check that what several ranks hold of the parameters is the same on all of them, bit by bit.
 
         Raises: CheckFailed, on every rank, with the ranks and parameters that differ.
         """
-        if self.mesh is None:
-            return
-        shape, told = self.layout, [None] * self.layout.world_size
-        mine = {}
-        for name, part in parameters.items():
-            if self.copies(name) > 1:
-                # Who holds the same part: all ranks, those with the same features, or the same place in another copy.
-                same = -1 if name in self._islands else self.rank % (shape.shards * shape.tp)
-                holders = self.mesh.tp_rank if name in self._islands and name in self._split else same
-                value = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                mine[name] = holders, hashlib.sha256(value).hexdigest()
-        dist.all_gather_object(told, mine, group=self.mesh.talk)
-        found: dict[tuple[str, int], str] = {}
-        differ: dict[str, list[int]] = {}
-        for rank, one in enumerate(cast(list[dict[str, tuple[int, str]]], told)):
-            for name, (holders, digest) in one.items():
-                if found.setdefault((name, holders), digest) != digest:
-                    differ.setdefault(name, []).append(rank)
-        if differ:
-            name, ranks = next(iter(differ.items()))
-            more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
-            raise CheckFailed(
-                f"{name}{more} of rank {', '.join(map(str, ranks[:8]))} is no longer what the other ranks hold",
-                "a device or a link is faulty; the same command continues from the newest checkpoint",
-            )
 
     # Whole tensors
 
     def place(self, name: str, part: Tensor) -> Piece:
         """Where this rank's part of a parameter, or of anything that lies as it does, belongs in the whole."""
-        whole = self._shapes.get(name, tuple(part.shape))
-        offsets = [0] * len(whole)
-        if self.mesh and name in self._split:
-            axis = self._split[name]
-            offsets[axis] = whole[axis] // self.layout.tp * self.mesh.tp_rank
-        if name in self._sharded:
-            spec = self._sharded[name]
-            rank, ranks = spec.mesh.get_local_rank(spec.mesh.ndim - 1), spec.mesh.size(spec.mesh.ndim - 1)
-            rows = spec.shape[0]
-            offsets[0] += min(rows, -(-rows // ranks) * rank)  # as torch.chunk cuts
-        return Piece(tuple(offsets), whole)
+        return Piece((0,) * part.dim(), tuple(part.shape))
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The whole of a parameter, or of anything that lies as it does, on every rank: one after another."""
-        part = part.detach()
-        if name in self._sharded:
-            spec = self._sharded[name]
-            stride = torch.empty(spec.shape, device="meta").stride()
-            sharded = DTensor.from_local(part, spec.mesh, spec.placements, shape=spec.shape, stride=stride)
-            part = sharded.full_tensor()
-        if self.mesh and name in self._split:
-            part = torch.cat(all_gather(part, self.mesh.features).unbind(0), self._split[name])
-        return part
+        return part.detach()
 
     @contextmanager
     def whole_features(self, state: ModelState | None) -> Iterator[ModelState | None]:
@@ -310,38 +147,7 @@ class Ranks:
 
         Keys and values in it stay this rank's.
         """
-        if self.mesh is None or self.layout.tp == 1:
-            yield state
-            return
-        group = self.mesh.features
-
-        def whole(x: Tensor) -> Tensor:
-            return torch.cat(all_gather(x, group).unbind(0), 1)
-
-        def statistics(x: Statistics) -> Statistics:
-            return x._replace(mean=whole(x.mean), var=whole(x.var))
-
-        if isinstance(state, State):
-            layers = [x._replace(norm=statistics(x.norm), cema=whole(x.cema)) for x in state.layers]
-            state = state._replace(layers=tuple(layers), norm=statistics(state.norm))
-        parts = {name: island.data for name, island in self._islands.items() if name in self._split}
-        for name in parts:
-            self._islands[name].data = self.whole(name, self._islands[name])
-        try:
-            yield state
-        finally:
-            for name, part in parts.items():
-                self._islands[name].data = part
-
-
-def _sendable(error: Exception) -> Exception:
-    """The error itself, or one that says the same if it cannot be made again on another rank."""
-    try:
-        copy.deepcopy(error)
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        yield state
 
 
 ALONE = Ranks()
-"""One process."""

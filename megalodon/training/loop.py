@@ -49,10 +49,7 @@ from megalodon.training.guard import StepGuard, Verdict
 from megalodon.training.health import health_row
 from megalodon.training.memory import explained
 from megalodon.training.metrics import MetricsLog, machine_row
-from megalodon.training.optim import (
-    clip,
-    gradient_norms,
-)
+from megalodon.training.optim import clip, gradient_norms
 from megalodon.training.plan import Plan
 from megalodon.training.rollback import (
     Rollback,
@@ -547,7 +544,7 @@ class Trainer:
         about = {**self.run.about, "data": self.loader.store.fingerprint, "valid_loss": scored}
         self.metrics.sync()
         self.saved_at = time.monotonic()
-        ours = self.ranks.mesh is not None  # they were put together for this alone
+        ours = not self.ranks.alone  # they were put together for this alone
         self.saver.save(self.step, tensors, state, about, background=background, since=begin, copied=ours)
         self._settle(wait=not background)
         return self.saved, self.saved_step

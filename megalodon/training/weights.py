@@ -60,7 +60,7 @@ class Weights:
 
     def begin(self, initialise: Callable[[LanguageModel], None]) -> None:
         """Give a run at step 0 the weights it starts with; see `Run.initialise`."""
-        if self._ranks.mesh is None:
+        if self._ranks.alone:
             initialise(self.model)
         else:
             whole = self._built()
@@ -70,6 +70,8 @@ class Weights:
                     offsets, _ = self._ranks.place(name, part)
                     spans = tuple(slice(begin, begin + n) for begin, n in zip(offsets, part.shape, strict=True))
                     part.copy_(whole.get_parameter(name)[spans])
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(whole.get_buffer(name))
         if self.average:  # it began as a copy of the weights that were drawn
             self.average = AveragedWeights(self.parameters, self.average.decay)
 
@@ -108,7 +110,7 @@ class Weights:
 
         Raises: CheckFailed, on every rank, if what several ranks hold in common differs.
         """
-        if self._ranks.mesh is None:
+        if self._ranks.alone:
             return self.live()
         self._ranks.at_rest(self.model)
         self._ranks.check_alike(self.parameters)
@@ -121,14 +123,14 @@ class Weights:
 
     def whole_model(self) -> LanguageModel:
         """The model with all its weights, on the main rank; the others take part and have their own parts."""
-        if self._ranks.mesh is None:
+        if self._ranks.alone:
             return self.model
         self._ranks.at_rest(self.model)
         made: list[LanguageModel] = []
         self._ranks.from_main(lambda: made.append(self._built()))  # if it cannot, nobody waits for its part below
         copy = made[0] if made else None
         with torch.no_grad():
-            for name, parameter in self._ranks.parameters(self.model).items():
+            for name, parameter in self.parameters.items():
                 value = self._ranks.whole(name, parameter)
                 if copy is not None:
                     copy.get_parameter(name).copy_(value)

@@ -12,7 +12,8 @@ from tolerances import PARALLEL_GRADIENTS, PARALLEL_LOSS, PARALLEL_STEPS, assert
 from megalodon.model.loss import loss_sums
 from megalodon.parallel.layout import Layout
 from megalodon.parallel.mesh import Mesh
-from megalodon.parallel.ranks import Ranks
+from megalodon.parallel.ranks import ALONE
+from megalodon.parallel.several import SeveralRanks
 from megalodon.training.execution import recompute
 from megalodon.training.optim import OptimConfig, build_optimizer, clip, gradient_norms, optimizer_tensors, parameter_of
 
@@ -45,7 +46,7 @@ def train(
     layout: Layout | None, isolated: bool, accumulate: int, again: bool, dtype: torch.dtype, tied: bool = False
 ) -> Found:
     """Three steps of a model in which every option is on."""
-    ranks = Ranks(Mesh(layout, "cpu") if layout else None)
+    ranks = SeveralRanks(Mesh(layout, "cpu")) if layout else ALONE
     model = tiny_model(
         dtype, value_dim=44, ffn_hidden_dim=30, swiglu=True, rescale_nffn=True, scale_emb=True, share_emb=tied
     )

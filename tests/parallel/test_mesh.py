@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from factories import random_tokens, tiny_model
 from megalodon.parallel.layout import Layout
 from megalodon.parallel.mesh import Mesh
-from megalodon.parallel.ranks import Ranks
+from megalodon.parallel.several import SeveralRanks
 
 layout, some, step = Layout(**json.loads(sys.argv[1])), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 
@@ -22,7 +22,7 @@ layout, some, step = Layout(**json.loads(sys.argv[1])), json.loads(sys.argv[2]),
 held, coordinates = {}, []
 for rank in some:
     dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
-    ranks = Ranks(Mesh(layout, "cpu"))
+    ranks = SeveralRanks(Mesh(layout, "cpu"))
     coordinates.append([ranks.mesh.data_rank, ranks.mesh.cp_rank, ranks.mesh.tp_rank])
     model = tiny_model(torch.float32, value_dim=44, ffn_hidden_dim=30, swiglu=True)
     ranks.wrap(model, bf16=False)

@@ -19,7 +19,8 @@ from megalodon.errors import CheckFailed
 from megalodon.evaluation.perplexity import evaluate
 from megalodon.parallel.layout import Layout, ParallelConfig
 from megalodon.parallel.mesh import Mesh
-from megalodon.parallel.ranks import ALONE, Ranks
+from megalodon.parallel.ranks import ALONE
+from megalodon.parallel.several import SeveralRanks
 from megalodon.parallel.tensor import limits_of
 from megalodon.training.guard import StepGuard
 from megalodon.training.loop import Run, Task, Trainer, train
@@ -39,7 +40,7 @@ def parts(folder: str, layout: Layout | None, isolate: str, how: dict[str, Any])
     """What a rank of a layout trains: configuration, samples, plan, ranks."""
     precision = how.pop("precision", "fp32")
     config = tiny_config(ffn_hidden_dim=30, swiglu=True, **how)
-    ranks = Ranks(Mesh(layout, "cpu")) if layout else ALONE
+    ranks = SeveralRanks(Mesh(layout, "cpu")) if layout else ALONE
     shape = ranks.layout
     plan = make_plan(
         TrainConfig(max_steps=STEPS, batch_tokens=8 * SEQ_LEN, micro_batch=1, precision=precision),
@@ -143,7 +144,7 @@ def failing(folder: str, layout: Layout | None, where: str) -> str:
     def fail(model: Any) -> Any:
         if where == "by rank 0":
             raise OSError("nothing works")
-        assert ranks.mesh
+        assert not ranks.alone
         if ranks.rank == 0:
             ranks.any(False)  # as in an evaluation that goes on
         raise OSError("only here")
@@ -172,7 +173,7 @@ def test_only_an_error_of_all_ranks_is_followed_by_a_save(folder: Path, where: s
 
 def steering(layout: Layout) -> list[Any]:
     """Words and errors that ranks have from one another."""
-    ranks, found = Ranks(Mesh(layout, "cpu")), list[Any]()
+    ranks, found = SeveralRanks(Mesh(layout, "cpu")), list[Any]()
     found.append(ranks.first("here" if ranks.rank else None))
     found.append(ranks.first(None))
 
@@ -253,7 +254,7 @@ def on(name: str, function: Any, where: str, stop_at: int | None = None) -> list
 
 def strayed(layout: Layout, name: str, rank: int) -> str:
     """What is said after one value of a parameter changed on one rank."""
-    ranks = Ranks(Mesh(layout, "cpu"))
+    ranks = SeveralRanks(Mesh(layout, "cpu"))
     model = tiny_model(torch.float32, value_dim=44, ffn_hidden_dim=30)
     ranks.wrap(model, bf16=False)
     parameters = ranks.parameters(model)
@@ -282,7 +283,7 @@ def test_a_rank_that_strayed_is_found(layout: str, name: str) -> None:
 
 def poisoned(layout: Layout) -> tuple[float, str | None, bool]:
     """A step whose gradient is not finite on one rank only: the norm of it, and the verdict."""
-    ranks = Ranks(Mesh(layout, "cpu"))
+    ranks = SeveralRanks(Mesh(layout, "cpu"))
     model = tiny_model(torch.float32, value_dim=44, ffn_hidden_dim=30)
     ranks.wrap(model, bf16=False)
     parameters = ranks.parameters(model)
