@@ -24,6 +24,8 @@ from megalodon_cli.joining import LOGS, place_in_world
 
 GRACE_SECONDS = 20.0
 """What ranks have to end by themselves once one has failed; a rank that hangs is then named and killed."""
+MOST_RANKS = 1 << 20
+"""A larger number is a slip of the hand."""
 
 
 def start_if_asked(gpus: str | None, device: str) -> None:
@@ -47,17 +49,23 @@ def _number_of(gpus: str, device: str) -> int:
     import torch
 
     there = torch.cuda.device_count() if device != "cpu" else 0
-    if gpus == "all":
-        if not there:
-            raise EnvironmentFault("--gpus all: no GPU was found here; on a CPU name a number of processes")
-        return there
-    if not gpus.isdecimal() or not 1 <= int(gpus) <= 100_000:
-        raise InputError(f"--gpus {gpus}: expected a number of processes from 1, or all")
-    if there and int(gpus) > there:
+    count = count_of(gpus, there)
+    if there and count > there:
         raise EnvironmentFault(
             f"--gpus {gpus}: this machine has {there} GPUs",
             "several machines: start the command under torchrun or srun (docs/parallel.md), or --device cpu",
         )
+    return count
+
+
+def count_of(gpus: str, there: int) -> int:
+    """Read --gpus on a machine with so many GPUs. Raises: InputError, or EnvironmentFault for `all` of none."""
+    if gpus == "all":
+        if not there:
+            raise EnvironmentFault("--gpus all: no GPU was found here; on a CPU name a number of processes")
+        return there
+    if not gpus.isdecimal() or not 1 <= int(gpus) <= MOST_RANKS:
+        raise InputError(f"--gpus {gpus}: expected a number of processes from 1, or all")
     return int(gpus)
 
 
@@ -127,13 +135,11 @@ def _ended(children: Sequence[_Child], logs: Path) -> tuple[int, list[Path]]:
                 if child.code:
                     failed.append(child)
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        if (
-            children[0].code is not None
-        ):  # who has not met it by now would look for it for half an hour, and has nothing to say
-            for child in children:
-                if child.code is None and not (logs / f"met-{child.rank}").exists():
-                    child.process.kill()
-                    child.code = child.process.wait()
+        for child in children if children[0].code is not None else ():
+            # Who has not met rank 0 by now would look for it for half an hour, and has nothing to say.
+            if child.code is None and not (logs / f"met-{child.rank}").exists():
+                child.process.kill()
+                child.code = child.process.wait()
         if time.monotonic() > deadline:
             hanging = [child for child in children if child.code is None]
             named += _tell_hanging(hanging, logs)

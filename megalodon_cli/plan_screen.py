@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalodon.errors import DataError, InputError, RecipeError
-from megalodon_cli import console
+from megalodon.errors import DataError, RecipeError
+from megalodon_cli import console, launch
 
 if TYPE_CHECKING:
     from megalodon.profiling.plan import Edit, RunPlan, Setup
@@ -60,16 +60,10 @@ def setup_of(config: "RunConfig", gpus: str | None, device: str) -> "Setup":
 
 
 def ranks_of(gpus: str | None) -> int:
-    """Read `--gpus`. Raises: InputError for anything but a positive number or all."""
-    if gpus is None:
-        return 1
-    if gpus == "all":
-        import torch
+    """Read `--gpus`; no machine has to be there for the number. Raises: InputError, EnvironmentFault."""
+    import torch
 
-        return max(1, torch.cuda.device_count())
-    if not gpus.isdecimal() or int(gpus) < 1:
-        raise InputError(f"--gpus {gpus}: expected a number from 1 on, or all")
-    return int(gpus)
+    return 1 if gpus is None else launch.count_of(gpus, torch.cuda.device_count())
 
 
 def _stored(config: "RunConfig") -> tuple[int | None, int | None]:

@@ -47,7 +47,7 @@ ReadingGpus = Annotated[
     typer.Option(
         "--gpus",
         metavar="N|all",
-        help="Read long text with N processes, each a piece of it: on N GPUs, on a CPU with its cores divided.",
+        help="Read long text with N processes, each a piece of it; on a CPU they share its cores.",
         rich_help_panel="Run",
     ),
 ]

@@ -114,14 +114,15 @@ def check_layout(
         faults.append(f"{', '.join(odd)}: not a multiple of parallel.tp {layout.tp}")
     if layout.tp > 1 and dropout:  # what all ranks of a layer hold would be dropped differently on each
         faults.append(f"parallel.tp is {layout.tp}, but the model has dropout; expected 1, or 0 for every dropout")
-    ranks = f"{layout.data_ranks:,} data-parallel ranks (GPUs / (cp x tp))"
-    whole_batch = seq_len * layout.data_ranks
+    whole_batch, shared = seq_len * layout.data_ranks, ""
+    if layout.data_ranks > 1:
+        shared = f" x {layout.data_ranks:,} data-parallel ranks (GPUs / (cp x tp)) = {whole_batch:,}"
     if batch_tokens % whole_batch:
         below = batch_tokens // whole_batch
-        nearest = ", ".join(f"{n * whole_batch:,}" for n in (below, below + 1) if n)
+        nearest = " and ".join(f"{n * whole_batch:,}" for n in (below, below + 1) if n)
         faults.append(
-            f"train.batch_tokens {batch_tokens:,} is not a multiple of data.seq_len {seq_len:,} x {ranks} = "
-            f"{whole_batch:,}; nearest: {nearest}"
+            f"train.batch_tokens {batch_tokens:,} is not a multiple of data.seq_len {seq_len:,}{shared}; "
+            f"nearest: {nearest}"
         )
     elif micro_batch and (rows := batch_tokens // whole_batch) % micro_batch:
         fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)

@@ -68,10 +68,10 @@ def split_layers(model: Megalodon, mesh: Mesh) -> dict[str, int]:
         setattr(model.get_submodule(owner), kind, nn.Parameter(mine, parameter.requires_grad))
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _Gather.apply(args[0], group), *args[1:]  # type: ignore[no-untyped-call]
+        return _Exchange.apply(args[0], group, True), *args[1:]  # type: ignore[no-untyped-call]
 
     def scatter(_: nn.Module, __: object, out: Tensor) -> Tensor:
-        return _SumScatter.apply(out, group)  # type: ignore[no-untyped-call, no-any-return]
+        return _Exchange.apply(out, group, False)  # type: ignore[no-untyped-call, no-any-return]
 
     for block in model.layers:
         assert isinstance(block, Block)
@@ -85,36 +85,28 @@ def split_layers(model: Megalodon, mesh: Mesh) -> dict[str, int]:
     model.embed.register_forward_hook(lambda _, __, out: out.chunk(tp, -1)[rank])
     final = model.output.final_norm
     final.num_groups //= tp
-    final.register_forward_hook(lambda _, __, out: (_Gather.apply(out[0], group), out[1]))  # type: ignore[no-untyped-call]
+    final.register_forward_hook(
+        lambda _, __, out: (_Exchange.apply(out[0], group, True), out[1])  # type: ignore[no-untyped-call]
+    )
     return split
 
 
-class _Gather(torch.autograd.Function):
-    """(…, D/ranks) of every rank -> (…, D); backward each takes the sum of what all say of its features."""
+class _Exchange(torch.autograd.Function):
+    """Gather features, (…, D/ranks) of every rank -> (…, D), or the other way: parts of a sum (…, D) -> (…, D/ranks).
+
+    Each is the transpose of the other: what all say of the features of a rank is summed there.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return _gathered(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return _scattered(grad, ctx.group), None  # type: ignore[attr-defined]
-
-
-class _SumScatter(torch.autograd.Function):
-    """(…, D) of every rank, parts of a sum -> (…, D/ranks) of the sum; backward all features are gathered."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return _scattered(x, group)
+    def forward(ctx: FunctionCtx, x: Tensor, group: dist.ProcessGroup, gathers: bool) -> Tensor:
+        ctx.group, ctx.gathers = group, gathers  # type: ignore[attr-defined]
+        return _gathered(x, group) if gathers else _scattered(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grad, ctx.group), None  # type: ignore[attr-defined]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        back = _scattered if ctx.gathers else _gathered  # type: ignore[attr-defined]
+        return back(grad, ctx.group), None, None  # type: ignore[attr-defined]
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:

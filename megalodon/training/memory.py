@@ -127,7 +127,7 @@ def _edits(plan: Plan) -> Iterator[tuple[str, Callable[[Needs], int]]]:
     """Changes of the recipe that need less, those first that change least of what is trained; all derived."""
     rows = plan.micro_rows
     if rows > 1:
-        half = max(n for n in range(1, rows) if plan.rows % n == 0)
+        half = max(n for n in range(1, rows) if plan.rank_rows % n == 0)
         yield f"train.micro_batch={half}", lambda needs: needs.total(half)
     if plan.config.recompute != "block":
         yield "train.recompute=block", lambda needs: needs.total(rows, recomputed=True)

@@ -149,11 +149,6 @@ def make_plan(
     _refuse_unsupported(config, place)
     if config.seq_len_warmup:
         check_warmup(config.seq_len_warmup, seq_len)
-    rows, rest = divmod(config.batch_tokens, seq_len)
-    if rest or not rows:
-        nearest = " and ".join(f"{n * seq_len:,}" for n in (rows, rows + 1) if n)
-        sizes = f"train.batch_tokens {config.batch_tokens:,} is not a multiple of data.seq_len {seq_len:,}"
-        raise RecipeError(f"{sizes}; nearest: {nearest}")
     layout = resolve_layout(parallel, world_size)
     given = None if config.micro_batch == "auto" else config.micro_batch
     check_layout(
@@ -175,6 +170,7 @@ def make_plan(
     if shortest and layout.cp > 1 and shortest.start % piece:
         whole = f"parallel.cp {layout.cp} x model.chunk_size {chunk_size:,} = {piece:,}"
         raise RecipeError(f"train.seq_len_warmup.start {shortest.start:,} is not a multiple of {whole}")
+    rows = config.batch_tokens // seq_len
     rank_rows = rows // layout.data_ranks
     limit = max(1, MICRO_TOKENS[place.type] * layout.cp // seq_len)
     micro = given or max(n for n in range(1, rank_rows + 1) if rank_rows % n == 0 and n <= limit)

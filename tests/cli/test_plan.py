@@ -51,8 +51,8 @@ def test_a_recipe_whose_text_is_missing_still_plans() -> None:
     ("arguments", "said"),
     [
         (["--device", "h10"], "error: --device h10: no such device; did you mean h100?"),
-        (["--gpus", "0"], "error: --gpus 0: expected a number from 1 on, or all"),
-        (["--gpus", "two"], "error: --gpus two: expected a number from 1 on, or all"),
+        (["--gpus", "0"], "error: --gpus 0: expected a number of processes from 1, or all"),
+        (["--gpus", "two"], "error: --gpus two: expected a number of processes from 1, or all"),
         (["--gpus", "3", "--device", "h100"], "is not a multiple of data.seq_len 37 x 3 data-parallel ranks"),
         (["--gpus", "3", "parallel.tp=2", "--device", "h100"], "error: 3 ranks are not a multiple of"),
         (["--gpus", "3", "parallel.tp=3", "--device", "h100"], "model.num_heads 2, model.norm_num_groups 4"),

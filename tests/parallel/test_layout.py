@@ -43,7 +43,7 @@ def test_what_fits_passes() -> None:
         (Layout(cp=2), {"chunk_size": None}, r"parallel.cp is 2, but full attention sees the whole sequence"),
         (Layout(tp=2), {"split": {"num_heads": 1, "z_dim": 4}}, r"model.num_heads 1: not a multiple of parallel.tp 2"),
         (Layout(tp=2), {"split": None}, r"parallel.tp is 2, but this architecture is not divided"),
-        (Layout(dp_shard=3), {}, r"256 is not a multiple .* 32 x 3 data-parallel ranks .* = 96; nearest: 192, 288"),
+        (Layout(dp_shard=3), {}, r"256 is not a multiple .* 32 x 3 data-parallel ranks .* = 96; nearest: 192 and 288"),
         (Layout(dp_shard=2), {"micro_batch": 3}, r"micro_batch 3 does not divide the 4 windows .*; fits: 1, 2, 4"),
     ],
 )

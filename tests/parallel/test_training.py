@@ -17,6 +17,8 @@ from megalodon.data.loader import Loader, validation_batches
 from megalodon.data.shards import open_store
 from megalodon.errors import CheckFailed
 from megalodon.evaluation.perplexity import evaluate
+from megalodon.model.adapters import LoraConfig, inject
+from megalodon.model.llama import LlamaConfig
 from megalodon.parallel.layout import Layout, ParallelConfig
 from megalodon.parallel.mesh import Mesh
 from megalodon.parallel.ranks import ALONE
@@ -38,8 +40,12 @@ LAYOUTS = {
 
 def parts(folder: str, layout: Layout | None, isolate: str, how: dict[str, Any]) -> Any:
     """What a rank of a layout trains: configuration, samples, plan, ranks."""
-    precision = how.pop("precision", "fp32")
-    config = tiny_config(ffn_hidden_dim=30, swiglu=True, **how)
+    precision, arch = how.pop("precision", "fp32"), how.pop("arch", "megalodon")
+    config: Any = tiny_config(ffn_hidden_dim=30, swiglu=True, **how)
+    if arch == "llama":
+        config = LlamaConfig(
+            num_layers=2, model_dim=24, num_heads=2, ffn_hidden_dim=30, vocab_size=53, max_positions=99
+        )
     ranks = SeveralRanks(Mesh(layout, "cpu")) if layout else ALONE
     shape = ranks.layout
     plan = make_plan(
@@ -55,6 +61,7 @@ def parts(folder: str, layout: Layout | None, isolate: str, how: dict[str, Any])
 
 def run(folder: str, layout: Layout | None, isolate: str = "doc", stop_at: int | None = None, **how: Any) -> Any:
     """Train, or go on, as one rank of a layout: how it ended, at which step, and on the main rank the weights."""
+    build = with_adapters if how.pop("adapters", False) else lambda model: None
     config, loader, plan, ranks = parts(folder, layout, isolate, how)
 
     def score(model: Any) -> Any:
@@ -66,7 +73,7 @@ def run(folder: str, layout: Layout | None, isolate: str = "doc", stop_at: int |
         return [{"kind": "sample", "prompt": "", "text": f"{model.num_parameters()}"}]
 
     tasks = (Task(score, 2, at_start=True, averaged=True, by_all=True), Task(count, 2))
-    about = Run(Path(folder), NUM_CLASSES, BYTES_TABLE, tasks=tasks, ranks=ranks, stop_at_step=stop_at)
+    about = Run(Path(folder), NUM_CLASSES, BYTES_TABLE, tasks=tasks, ranks=ranks, stop_at_step=stop_at, build=build)
     result = train(config, loader, plan, about)
     weights = {name: p.detach() for name, p in result.model.named_parameters()} if ranks.main else {}
     return result.status, result.step, weights
@@ -204,6 +211,28 @@ def reloaded(folder: str, layout: Layout | None) -> dict[str, torch.Tensor]:
     trainer.resume()
     trainer.metrics.close()
     return trainer.weights.whole() if layout or ranks.main else {}
+
+
+def with_adapters(model: Any) -> None:
+    inject(model, LoraConfig(r=2), 1)
+
+
+def as_rank(folder: str, layout: Layout | None, how: dict[str, Any]) -> Any:
+    return run(folder, layout, **how)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", pytest.param("hsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [{"arch": "llama"}, {"adapters": True}], ids=["the baseline", "adapters"])
+def test_what_else_is_trained_is_sharded_too(folder: Path, layout: str, how: dict[str, Any]) -> None:
+    run(str(folder / "one"), None, **how)
+    found = on_ranks(LAYOUTS[layout].world_size, as_rank, str(folder / "many"), LAYOUTS[layout], how)
+    assert [status for status, *_ in found] == ["finished"] * len(found)
+    for one, many in zip(rows(folder / "one"), rows(folder / "many"), strict=True):
+        assert_alike(one, many)
+    whole, parts = (saved_tensors(folder / x, STEPS) for x in ("one", "many"))
+    assert whole.keys() == parts.keys()
+    for key in whole:
+        assert distance(parts[key], whole[key]) < 2e-3, key
 
 
 def in_bfloat16(folder: str, layout: Layout | None) -> Any:

@@ -197,7 +197,7 @@ def test_what_does_not_divide_or_cannot_be_had_is_refused() -> None:
         plan_run(setup(M200, seq_len=8192, ranks=6, parallel={"cp": 4}))
     with pytest.raises(RecipeError, match=r"model.num_heads 1: not a multiple of parallel.tp 2"):
         plan_run(setup(M200, seq_len=8192, ranks=2, parallel={"tp": 2}))
-    with pytest.raises(InputError, match="--gpus 0: expected 1 to"):
+    with pytest.raises(InputError, match="a plan of 0 devices; expected at least 1"):
         plan_run(setup(M200, ranks=0))
     with pytest.raises(RecipeError, match=r"train\.backend: reference goes token by token"):
         plan_run(setup(tiny_config(), train={"backend": "reference"}))
