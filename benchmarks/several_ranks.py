@@ -2,6 +2,7 @@
 
     python benchmarks/several_ranks.py layouts              how far every layout lies from one rank (minutes)
     python benchmarks/several_ranks.py exchange             scan against serial hand-over of states; layers are sleeps
+    python benchmarks/several_ranks.py memory               what each rank of a model holds until it is saved
     python benchmarks/several_ranks.py weak --turns 3       tokens/s of two processes over those of one on one core
 
 Not here: what is compared (tests/parallel/test_equality.py), GPUs.
@@ -148,6 +149,55 @@ def _speed(folder: Path, name: str, given: argparse.Namespace, processes: int) -
     return statistics.median(row["tok_per_s"] for row in rows if row["kind"] == "train" and row["step"] > 1)
 
 
+def memory(given: argparse.Namespace) -> None:
+    """The most memory that a rank takes until its model is built, its optimizer there, and a checkpoint written."""
+    from ranks import on_ranks
+
+    print_row("ranks", "its part of weights and moments", "at most, built", "at most, saved", "seconds of the save")
+    print_row("---:", *["---:"] * 4)
+    for ranks in given.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            found = on_ranks(ranks, _held, folder, given.recipe)
+        most = [max(one[key] for one in found) for key in range(3)]
+        print_row(ranks, *(f"{size / 2**20:,.0f} MiB" for size in most), f"{max(one[3] for one in found):.1f}")
+
+
+def _held(folder: str, recipe: str) -> tuple[int, int, int, float]:
+    """Bytes of this rank's part; the most resident ones, above the start, once built and once saved; seconds."""
+    import resource
+
+    from megalodon.checkpoint.saver import Saver
+    from megalodon.parallel.layout import Layout, ParallelConfig
+    from megalodon.parallel.mesh import Mesh
+    from megalodon.parallel.several import SeveralRanks
+    from megalodon.training.plan import make_plan
+    from megalodon.training.weights import Weights
+    from megalodon_cli import recipe_files
+
+    def resident() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    config = recipe_files.load([recipe], []).pretraining()
+    model_config = config.model_config_for(config.padded_vocab_size())
+    world = torch.distributed.get_world_size()
+    ranks, layout = SeveralRanks(Mesh(Layout(dp_shard=world), "cpu")), ParallelConfig(dp_shard=world)
+    train = config.train.model_copy(update={"batch_tokens": world * config.data.seq_len, "micro_batch": 1})
+    plan = make_plan(
+        train, config.optim, config.checkpoint, config.log, layout,
+        seq_len=config.data.seq_len, windows=world, device="cpu", world_size=world,
+    )  # fmt: skip
+    begin = resident()
+    weights = Weights(model_config, plan, ranks)
+    weights.begin(None)
+    built = resident() - begin
+    tensors, share = weights.saved()
+    saver = Saver(Path(folder), config.checkpoint)
+    clock = time.perf_counter()
+    saver.save(1, tensors, {}, {}, share=share)
+    saver.poll(wait=True)
+    return sum(x.nbytes for x in weights.live().values()), built, resident() - begin, time.perf_counter() - clock
+
+
 def print_row(*cells: object) -> None:
     """One line of a Markdown table."""
     sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
@@ -166,6 +216,10 @@ def main() -> None:
         "--extra", type=float, default=1.0, help="ms a layer that reading out the received state takes"
     )
     simulated.set_defaults(run=exchange)
+    holding = parts.add_parser("memory")
+    holding.add_argument("--recipe", default="200m")
+    holding.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    holding.set_defaults(run=memory)
     scaling = parts.add_parser("weak")
     scaling.add_argument("--recipe", default="quickstart")
     scaling.add_argument("--steps", type=int, default=12)

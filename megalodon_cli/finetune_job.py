@@ -87,10 +87,9 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
         if lora is not None:
             inject(as_megalodon(model, "an adapter"), lora, config.train.seed)
 
-    def build(model: "LanguageModel") -> None:
-        if lora is not None:  # no checkpoint holds frozen weights
-            copy_weights(model, weights, base.source)
-            adapted(model)
+    def build(model: "LanguageModel") -> None:  # no checkpoint holds frozen weights
+        copy_weights(model, weights, base.source)
+        adapted(model)
 
     plan = fitted(model_config, plan, available_memory(plan.device), before, adapted)
     inherited = [*_inherited(config, base, chat, seq_len, optim), *rows]
@@ -109,7 +108,7 @@ def prepare(resolved: "Resolved", asked: Asked, scratch: bool = False) -> Job | 
         validation=lambda: packed_validation(
             prepared.valid, prepared.valid_packing, config.data.isolate, plan.micro_rows, config.eval.tokens
         ),
-        build=build,
+        build=None if lora is None else build,
         weights=weights if lora is None else None,
         tuning=Tuning(base, chat, inherited, _first_example(prepared, chat)),
     )

@@ -68,7 +68,7 @@ class Job:
     """Ids that can be predicted."""
     validation: "Callable[[], Iterator[Batch]]"
     """Always the same batches of held-out tokens."""
-    build: "Callable[[LanguageModel], None]" = lambda model: None
+    build: "Callable[[LanguageModel], None] | None" = None
     """See `Run.build`."""
     weights: "Mapping[str, Tensor] | None" = None
     """What a new run begins with, if it is known already."""

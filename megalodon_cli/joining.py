@@ -101,17 +101,20 @@ class Team:
     """This process among those that train together; alone everything is done at once.
 
     Args:
-        world: what a launcher said; None for one process.
-        store: where ranks leave word for one another.
+        world:    what a launcher said; None for one process.
+        store:    where ranks leave word for one another.
+        patience: what a rank waits for another.
     """
 
-    def __init__(self, world: World | None = None, store: "Store | None" = None) -> None:
-        self.world, self._store = world, store
+    def __init__(
+        self, world: World | None = None, store: "Store | None" = None, patience: timedelta | None = None
+    ) -> None:
+        self.world, self._store, self._patience = world, store, patience
         self._turns = 0
 
     @property
     def main(self) -> bool:
-        """Whether this process speaks and writes."""
+        """Whether this process speaks, and writes all but the parts of a checkpoint."""
         return self.world is None or self.world.rank == 0
 
     @property
@@ -152,7 +155,7 @@ class Team:
         from megalodon.parallel.mesh import Mesh
         from megalodon.parallel.several import SeveralRanks
 
-        return SeveralRanks(Mesh(layout, device))
+        return SeveralRanks(Mesh(layout, device, self._patience))
 
     def agree(self, what: Mapping[str, Any]) -> None:
         """Check that all ranks are about to do the same. Raises: CheckFailed naming the ranks that are not."""
@@ -223,7 +226,7 @@ def _met(world: World, device: str, timeout: timedelta) -> Iterator[Team]:
             f"rank {world.rank} of {world.size} did not meet the others at {where}: {said}"
         ) from error
     try:
-        yield Team(world, store)
+        yield Team(world, store, timeout)
         dist.barrier()
     except RuntimeError as error:
         if not _is_lost(error):

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,15 +187,20 @@ def _say_how(job: Job, record: "RunRecord") -> None:
         )
 
 
-def initialise(job: Job, model: "LanguageModel") -> None:
-    """Give a new run the weights that model.init_from names, if any. Raises: CheckpointError if they do not fit."""
+def initialise(job: Job) -> "Callable[[LanguageModel], None] | None":
+    """Return what gives a new run weights from elsewhere, those of model.init_from; None if it draws its own."""
+    if job.weights is None and (job.config.model.init_from is None or job.tuning is not None):
+        return None
+    return lambda model: _initialise(job, model)
+
+
+def _initialise(job: Job, model: "LanguageModel") -> None:
+    """Raises: CheckpointError if the weights do not fit."""
     from megalodon.model.weights import copy_weights
 
-    given = job.config.model.init_from
+    given = str(job.config.model.init_from)
     if job.weights is not None:
-        copy_weights(model, job.weights, str(given))
-        return
-    if given is None or job.tuning is not None:
+        copy_weights(model, job.weights, given)
         return
     found = checkpoints.weights(given)
     if found.tokenizer not in (None, job.prepared.tokenizer.sha256):

@@ -47,7 +47,7 @@ def _run(job: Job, signals: Signals, directory: Path) -> "Run":
         num_classes=job.num_classes,
         bytes_table=training_job.bytes_table(job),
         build=job.build,
-        initialise=lambda model: run_start.initialise(job, model),
+        initialise=run_start.initialise(job),
         report=report,
         stop=signals.reason,
     )

@@ -97,7 +97,7 @@ def work(resolved: "Resolved", asked: Asked, how: How, prepare: Prepare) -> Iter
 
 @contextmanager
 def _beside(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterator[Started]:
-    """Take part in the run of rank 0, which alone speaks and writes."""
+    """Take part in the run of rank 0, which alone speaks."""
     from megalodon.training.host import training_here
     from megalodon.training.loop import Run
 
@@ -110,7 +110,7 @@ def _beside(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterato
         bytes_table=bytes_table,
         tasks=training_job.tasks(job, bytes_table, signals.asked, ranks),
         build=job.build,
-        initialise=lambda model: run_start.initialise(job, model),
+        initialise=run_start.initialise(job),
         begin=lambda: joining.move_log(job.directory, ranks.rank),
         stop=signals.reason,
         ranks=ranks,
@@ -183,7 +183,7 @@ def _started(job: Job, signals: Signals, how: How, team: joining.Team) -> Iterat
             about={"frozen": dict(job.frozen), "tokenizer": tokenizer.sha256, "horizon": plan.horizon},
             tasks=training_job.tasks(job, bytes_table, signals.asked, ranks),
             build=job.build,
-            initialise=lambda model: run_start.initialise(job, model),
+            initialise=run_start.initialise(job),
             resume_from=run_start.checkpoint_of(job),
             begin=begin,
             report=sinks,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from factories import tiny_config
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from megalodon.checkpoint.store import CheckpointConfig
 from megalodon.data.loader import Loader
@@ -89,9 +89,18 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def saved_tensors(directory: Path, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint of a run."""
-    files = sorted((directory / "checkpoints" / f"step-{step:08d}" / "tensors").iterdir())
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    """All tensors of a checkpoint of a run, put together of the pieces in its files."""
+    path = directory / "checkpoints" / f"step-{step:08d}"
+    listed = json.loads((path / "manifest.json").read_text())["tensors"]
+    found = {name: torch.empty(form["shape"], dtype=getattr(torch, form["dtype"])) for name, form in listed.items()}
+    for file in sorted((path / "tensors").iterdir()):
+        with safe_open(file, framework="pt") as opened:
+            places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+            for name in places:
+                piece, begins = opened.get_tensor(name), places[name]["saved_offsets"]
+                spans = tuple(slice(begin, begin + n) for begin, n in zip(begins, piece.shape, strict=True))
+                found[name][spans] = piece
+    return found
 
 
 def score(every: int | None = 2) -> Task:

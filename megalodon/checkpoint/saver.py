@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from megalodon.checkpoint.store import CheckpointConfig, retain, save_step
+from megalodon.checkpoint.store import CheckpointConfig, Share, retain, save_step
 from megalodon.errors import EnvironmentFault
 
 
@@ -46,6 +46,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: Commit | Exception | None = None
         self._abandoned = threading.Event()
+        self._broken: Exception | None = None
+        """Why the save that is being made cannot be."""
 
     def save(
         self,
@@ -56,7 +58,7 @@ class Saver:
         *,
         background: bool = False,
         since: float | None = None,
-        copied: bool = False,
+        share: Share | None = None,
     ) -> None:
         """Save a step, or start to; `poll` tells how it went. The save before it must have been told.
 
@@ -64,19 +66,24 @@ class Saver:
             tensors, state, about: as for `save_step`; they may change as soon as this returns.
             background: write in a thread of its own.
             since: `time.monotonic()` when the caller began to wait.
-            copied: the tensors are on the host and nobody changes them.
+            share: if the tensors are those of one of several ranks, which all call this at the same time. How a save
+                ended is then known to each.
         """
         assert self.pending is None, "poll(wait=True) comes first"
         begin = time.monotonic() if since is None else since
         self.pending = step
         if not background:
-            self._write(step, tensors, state, about, begin, None)
+            self._write(step, tensors, state, about, share, begin, None)
             return
-        if not copied:
-            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        work = (step, tensors, copy.deepcopy(dict(state)), dict(about), begin, time.monotonic() - begin)
-        self._thread = threading.Thread(target=self._write, args=work, name=f"save-{step}")
-        self._thread.start()
+        try:
+            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            work = (step, copies, copy.deepcopy(dict(state)), dict(about), share, begin, time.monotonic() - begin)
+            thread = threading.Thread(target=self._write, args=work, name=f"save-{step}")
+            thread.start()
+            self._thread = thread
+        except Exception as error:  # no memory, no thread: the other ranks of a share wait to hear of it
+            self._broken = error
+            self._write(step, tensors, state, about, share, begin, None)
 
     def _write(
         self,
@@ -84,15 +91,17 @@ class Saver:
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         about: Mapping[str, Any],
+        share: Share | None,
         begin: float,
         waited: float | None,
     ) -> None:
         """Commit, then tidy up, and keep the outcome for `poll`."""
         trouble: EnvironmentFault | None = None
         try:
-            path = save_step(self.root, step, tensors, state, about, self._go_on)
+            path = save_step(self.root, step, tensors, state, about, self._go_on, share)
             try:
-                retain(self.root, self.config, step)
+                if share is None or share.team.rank == 0:
+                    retain(self.root, self.config, step)
             except EnvironmentFault as error:
                 trouble = error
             seconds = time.monotonic() - begin
@@ -114,7 +123,7 @@ class Saver:
             if self._thread.is_alive():
                 return None
         step, outcome = self.pending, self._outcome
-        self.pending = self._thread = self._outcome = None
+        self.pending = self._thread = self._outcome = self._broken = None
         if isinstance(outcome, Exception):
             raise outcome
         if outcome is None and step is not None:
@@ -122,11 +131,15 @@ class Saver:
         return outcome
 
     def _go_on(self) -> None:
+        if self._broken is not None:
+            raise self._broken
         if self._abandoned.is_set():
             raise EnvironmentFault("the save was abandoned")
 
     def abandon(self, grace: float = 2.0) -> None:
         """Give up the save in flight unless it ends soon: after the file being written, and nothing of it stays.
+
+        With several ranks each gives up its own files so; one that was not told to writes all of its own first.
 
         A thread that is still at work when the interpreter ends would take the process down with an error of its own.
 

@@ -24,10 +24,10 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
@@ -48,6 +48,8 @@ from megalodon.checkpoint.tensor_files import (
 )
 from megalodon.config import Config, show
 from megalodon.errors import CheckpointError, EnvironmentFault, one_line
+
+T = TypeVar("T")
 
 FORMAT = "megalodon/checkpoint/2"
 RESERVE_BYTES, RESERVE_FILES = 16 * 2**20, 16
@@ -85,6 +87,41 @@ class CheckpointConfig(Config):
         if self.background and self.keep_last < 2:
             raise ValueError("keep_last 1 with background: true; expected keep_last: 2 or more, or background: false")
         return self
+
+
+class Team(Protocol):
+    """The ranks that write a checkpoint together, as the one of them that is here talks to all."""
+
+    rank: int
+    """Of this one; 0 is the main one."""
+    size: int
+    """How many there are."""
+
+    def from_main(self, value: Callable[[], T]) -> T:
+        """Return what the main rank finds; nobody else is asked. What it raises is raised everywhere."""
+
+    def gathered(self, value: T) -> list[T]:
+        """Return what all of them have, by rank."""
+
+
+class _OneProcess:
+    rank, size = 0, 1
+
+    def from_main(self, value: Callable[[], T]) -> T:
+        return value()
+
+    def gathered(self, value: T) -> list[T]:
+        return [value]
+
+
+class Share(NamedTuple):
+    """What one of several ranks knows of a checkpoint that all of them write."""
+
+    forms: Mapping[str, Form]
+    """Of every tensor, whole."""
+    places: Places
+    """Of the parts that this one writes."""
+    team: Team = _OneProcess()
 
 
 class Saved(NamedTuple):
@@ -270,44 +307,79 @@ def save_step(
     state: Mapping[str, Any],
     about: Mapping[str, Any],
     go_on: Callable[[], None] = lambda: None,
+    share: Share | None = None,
 ) -> Path:
     """Commit a checkpoint and return its directory; a valid one of this step is kept as it is.
 
+    Several ranks call it at the same time: each writes and hashes its own files, the main one all others, and none
+    returns before the commit. An error of one is an error of all.
+
     Args:
-        root:    the `checkpoints/` directory of the run.
+        root:    the `checkpoints/` directory of the run, the same on all ranks.
         tensors: everything that is restored bit by bit, under unique names; none shares its memory with another.
-        state:   the scalars of the run; JSON without NaN.
-        about:   what else the manifest records: frozen values, data fingerprint, versions, valid_loss.
-        go_on:   called before each file is written or hashed; what it raises ends the save.
+        state:   the scalars of the run; JSON without NaN. The main rank's are saved.
+        about:   what else the manifest records: frozen values, data fingerprint, versions, valid_loss; likewise.
+        go_on:   called before each file that is large, and before the last; what it raises ends the save.
+        share:   if `tensors` are what one of several ranks writes.
     Raises:
         EnvironmentFault: too little disk space, a file could not be written, or what was written does not hold every
-            tensor exactly once; nothing is left behind.
+            tensor exactly once; nothing is left behind. RuntimeError: a rank is lost; the next start tidies up.
     """
     target = step_path(root, step)
-    forms = {name: form_of(tensor) for name, tensor in tensors.items()}
-    try:
-        make_directory(root)
-        if target.exists():
-            try:
-                verify_step(target)
-                return target
-            except CheckpointError:
-                set_aside(target)
-        check_space(root, sum(tensor.nbytes for tensor in tensors.values()), count_files(tensors))
-        with staged(target) as aside:
-            write_tensors(aside / "tensors", tensors, go_on)
+    forms, places, team = share or Share({name: form_of(tensor) for name, tensor in tensors.items()}, {})
+    with ExitStack() as opened:
+
+        def begin() -> Path | None:
+            make_directory(root)
+            if target.exists():
+                try:
+                    verify_step(target)
+                    return None
+                except CheckpointError:
+                    set_aside(target)
+            check_space(root, sum(form.num_bytes for form in forms.values()), team.size * count_files(tensors))
+            aside = opened.enter_context(staged(target))
+            (aside / "tensors").mkdir()
+            return aside
+
+        def commit(aside: Path, files: Mapping[str, Any]) -> None:
             check_coverage(read_all_boxes(aside / "tensors", len(forms)), forms, aside)
             write_json(aside / "state.json", dict(state))
-            described = {}
-            for path in sorted(path for path in aside.rglob("*") if path.is_file()):
-                go_on()
-                described[path.relative_to(aside).as_posix()] = describe_file(path)
+            described = {"state.json": describe_file(aside / "state.json"), **dict(sorted(files.items()))}
             listed = {name: {"shape": list(form.shape), "dtype": form.dtype} for name, form in forms.items()}
             manifest = {"format": FORMAT, "step": step, **about, "files": described, "tensors": listed}
+            go_on()
             write_json(aside / "manifest.json", {**manifest, "sha256": _digest(manifest)})
-    except (OSError, SafetensorError, CheckpointError) as error:
-        raise EnvironmentFault(f"step {step} could not be saved in {root}: {error}") from error
+            opened.close()
+
+        try:
+            if (aside := team.from_main(begin)) is not None:
+                files = _written(aside / "tensors", tensors, go_on, places, team)
+                team.from_main(lambda: commit(aside, files))
+        except (OSError, SafetensorError, CheckpointError) as error:
+            raise EnvironmentFault(f"step {step} could not be saved in {root}: {error}") from error
     return target
+
+
+def _written(
+    directory: Path, tensors: Mapping[str, Tensor], go_on: Callable[[], None], places: Places, team: Team
+) -> dict[str, dict[str, Any]]:
+    """Write the tensors of all ranks; what they wrote. An error is told to all before it is raised, by each."""
+    mine: dict[str, dict[str, Any]] | Exception
+    try:
+        found = write_tensors(directory, tensors, go_on, places=places, rank=team.rank)
+        mine = {f"tensors/{name}": about for name, about in found.items()}
+    except Exception as error:
+        mine = error
+    files: dict[str, dict[str, Any]] = {}
+    for rank, told in enumerate(team.gathered(mine)):
+        one = mine if rank == team.rank else told  # its own error knows where it comes from
+        if isinstance(one, OSError) and team.size > 1:
+            raise OSError(f"rank {rank}: {one}") from one
+        if isinstance(one, Exception):
+            raise one
+        files |= one
+    return files
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -365,25 +437,31 @@ def verify_step(path: Path, verify: Literal["full", "fast"] = "full") -> Saved:
     Raises:
         CheckpointError: what is wrong with which file.
     """
+    try:
+        manifest = _manifest(path, hashes=verify == "full")
+        if path != step_path(path.parent, step := int(manifest["step"])):
+            raise CheckpointError(f"{path / 'manifest.json'} is that of step {step:,}; expected that of {path.name}")
+        forms = _forms(manifest)
+        check_coverage(read_all_boxes(path / "tensors", len(forms)), forms, path)
+        return Saved(path, step, manifest, read_json(path / "state.json"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / 'manifest.json'} is not a manifest of ours: {error!r}") from error
+
+
+def _manifest(path: Path, *, hashes: bool) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are those that it lists, by size or by hash."""
     name = path / "manifest.json"
     manifest = read_json(name)
     if (form := manifest.get("format")) != FORMAT:
         raise CheckpointError(f"{name} has format {show(form)}; this version of megalodon reads {FORMAT}")
     if (digest := _digest(manifest)) != manifest.get("sha256"):
         raise CheckpointError(f"{name} has sha256 {digest[:12]}…; {show(manifest.get('sha256'))} was written")
-    try:
-        check_files(path, manifest.get("files"), hashes=verify == "full")
-        known = {"manifest.json", *manifest["files"]}
-        found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-        if extra := sorted(found - known):
-            raise CheckpointError(f"{path} holds files that were not written by us: {', '.join(extra)}")
-        if path != step_path(path.parent, step := int(manifest["step"])):
-            raise CheckpointError(f"{name} is that of step {step:,}; expected that of {path.name}")
-        forms = _forms(manifest)
-        check_coverage(read_all_boxes(path / "tensors", len(forms)), forms, path)
-        return Saved(path, step, manifest, read_json(path / "state.json"))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{name} is not a manifest of ours: {error!r}") from error
+    check_files(path, manifest.get("files"), hashes=hashes)
+    known = {"manifest.json", *manifest["files"]}
+    found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    if extra := sorted(found - known):
+        raise CheckpointError(f"{path} holds files that were not written by us: {', '.join(extra)}")
+    return manifest
 
 
 def _forms(manifest: Mapping[str, Any]) -> dict[str, Form]:
@@ -488,7 +566,7 @@ def _scores(root: Path) -> dict[int, float | None]:
     scores: dict[int, float | None] = {}
     for step in steps_in(root):
         with suppress(CheckpointError):
-            loss = verify_step(step_path(root, step), "fast").manifest.get("valid_loss")
+            loss = _manifest(step_path(root, step), hashes=False).get("valid_loss")
             scores[step] = loss if isinstance(loss, int | float) else None
     return scores
 

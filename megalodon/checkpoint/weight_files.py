@@ -8,9 +8,8 @@ Not here: which tensors a model needs (model/weights.py), the directory around t
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +17,21 @@ import torch
 from torch import Tensor
 
 from megalodon.checkpoint.store import read_json, write_json
-from megalodon.checkpoint.tensor_files import DTYPES, Box, Form, check_coverage, form_of, naming, read_boxes
+from megalodon.checkpoint.tensor_files import (
+    ONCE_BYTES,
+    Box,
+    Form,
+    bytes_of,
+    check_coverage,
+    form_of,
+    read_boxes,
+    write_file,
+)
 from megalodon.errors import CheckpointError, one_line
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
-_READ = 2**30
-"""Bytes of one read; the system takes less than 2 GiB at once."""
 
 
 class Tensors(NamedTuple):
@@ -144,17 +149,12 @@ def read_piece(box: Box) -> Tensor:
             file.seek(box.position)
             at = 0
             while at < len(view):
-                if not (count := file.readinto(view[at : at + _READ])):
+                if not (count := file.readinto(view[at : at + ONCE_BYTES])):
                     raise CheckpointError(f"{box.path} ends inside {box.name}")
                 at += count
     except OSError as error:
         raise CheckpointError(f"{box.path} cannot be read: {error.strerror}") from error
     return tensor
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor on the CPU, to read and to write."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_weights(
@@ -179,7 +179,7 @@ def write_weights(
     names = [WEIGHTS if single else f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     files = {}
     for number, (file, members) in enumerate(zip(names, shards, strict=True), 1):
-        files[file] = _write_file(directory / file, {name: tensors.forms[name] for name in members}, tensors.read)
+        files[file] = write_file(directory / file, {name: tensors.forms[name] for name in members}, tensors.read)
         report(f"wrote {file} ({number} of {len(shards)}, {files[file]['bytes'] / 1e9:.2f} GB)")
     if not single:
         sizes = sum(form.num_bytes for form in tensors.forms.values())
@@ -200,47 +200,6 @@ def _shards(forms: Mapping[str, Form], shard_bytes: int | None) -> list[list[str
         shards[-1].append(name)
         size += form.num_bytes
     return shards
-
-
-def _write_file(path: Path, forms: Mapping[str, Form], read: Callable[[str], Tensor]) -> dict[str, Any]:
-    # Wide types first, as the library does it: then each tensor begins at a multiple of its own width.
-    order = sorted(forms, key=lambda name: -forms[name].torch_dtype.itemsize)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in order:
-        form = forms[name]
-        end = at + form.num_bytes
-        entries[name] = {
-            "dtype": _SAFETENSORS[form.torch_dtype],
-            "shape": list(form.shape),
-            "data_offsets": [at, end],
-        }
-        at = end
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    digest, size = hashlib.sha256(), 8 + len(header) + at
-    with naming(path), path.open("wb", buffering=0) as file:
-        for part in _parts(header, order, forms, read):
-            digest.update(part)
-            for start in range(0, len(part), _READ):
-                _write_all(file, part[start : start + _READ])
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _write_all(file: Any, part: memoryview) -> None:
-    while part:
-        part = part[file.write(part) :]
-
-
-def _parts(
-    header: bytes, order: list[str], forms: Mapping[str, Form], read: Callable[[str], Tensor]
-) -> Iterator[memoryview]:
-    yield memoryview(len(header).to_bytes(8, "little") + header)
-    for name in order:
-        tensor = read(name).contiguous()
-        if form_of(tensor) != forms[name]:
-            raise ValueError(f"{name} came as {form_of(tensor)}, expected {forms[name]}")
-        yield bytes_of(tensor)
 
 
 def weights_sha256(files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -20,8 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from megalodon.checkpoint.tensor_files import DTYPES, Form
-from megalodon.checkpoint.weight_files import bytes_of
+from megalodon.checkpoint.tensor_files import DTYPES, Form, bytes_of
 from megalodon.errors import CheckpointError
 
 SECONDS = 300.0

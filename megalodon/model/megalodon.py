@@ -394,9 +394,8 @@ def initialise(model: Megalodon, seed: int) -> None:
     and the global generator is left alone.
     """
     for name, parameter in model.named_parameters():
-        draw = generator_of(seed, name)
         with torch.device("cpu"):  # generators are of the CPU, wherever the model is being built
-            value = _initial_value(name, parameter, model.config, draw)
+            value = initial_value(name, parameter.shape, model.config, seed)
         parameter.copy_(value)
 
 
@@ -406,8 +405,9 @@ def generator_of(seed: int, name: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _initial_value(name: str, parameter: Tensor, config: ModelConfig, draw: torch.Generator) -> Tensor:
-    D, shape = config.model_dim, parameter.shape
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The whole value that `initialise` gives the parameter of this name and shape, on the CPU."""
+    D, draw = config.model_dim, generator_of(seed, name)
     *_, owner, kind = name.split(".")
     if owner in ("embed", "output"):
         return _truncated_normal(shape, std=D**-0.5, cut=3 * D**-0.5, draw=draw)
@@ -424,7 +424,7 @@ def _initial_value(name: str, parameter: Tensor, config: ModelConfig, draw: torc
     if kind == "alpha":
         layer = int(name.split(".")[1])
         return torch.full(shape, 0.1 * 0.5**layer)
-    if parameter.dim() == 1 or owner == "mega":
+    if len(shape) == 1 or owner == "mega":
         return torch.zeros(shape)
     return _matrix(shape, config.init_mode, draw)
 

@@ -82,16 +82,35 @@ def assign_weights(model: Megalodon, tensors: Mapping[str, Tensor], source: str)
     device = tensors["embed.weight"].device
     values = {n: t.to(device, dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in tensors.items()}
     for name, target in expected.items():
-        if name == "rope.freqs" and (name not in tensors or tensors[name].itemsize < 4):
-            values[name] = rotary_frequencies(2 * len(target), model.config.rotary_base).to(device, dtype)
-            if name in tensors:
-                warnings.warn(f"{source}: rope.freqs was stored in half precision; computed anew", stacklevel=2)
-        elif name not in values:
-            kind = target.dtype if name.endswith("prior_count") else dtype
-            values[name] = torch.zeros(target.shape, dtype=kind, device=device)
+        half = name == "rope.freqs" and name in tensors and tensors[name].itemsize < 4
+        if half:
+            warnings.warn(f"{source}: rope.freqs was stored in half precision; computed anew", stacklevel=2)
+        if half or name not in values:
+            kind = dtype if target.is_floating_point() else target.dtype
+            values[name] = _buffer(name, target.shape, model.config).to(device, kind)
     model.load_state_dict({name: t.contiguous() for name, t in values.items()}, assign=True)
     if tied:
         model.output.output.weight = model.embed.weight
+
+
+def _buffer(name: str, shape: torch.Size, config: ModelConfig) -> Tensor:
+    """What a released buffer holds in every model: a language model has no prior."""
+    if name == "rope.freqs":
+        return rotary_frequencies(2 * shape[0], config.rotary_base)
+    return torch.zeros(shape)
+
+
+@torch.no_grad()
+def allocate(model: Megalodon, device: torch.device) -> None:
+    """Give a model that was built on the meta device its memory: buffers have their values, parameters none yet.
+
+    A model that was sharded there, or split, takes the memory of its parts.
+    """
+    model.to_empty(device=device)
+    if model.config.share_emb:  # moving from meta made two of it
+        model.output.output.weight = model.embed.weight
+    for name, buffer in model.named_buffers():
+        buffer.copy_(_buffer(name, buffer.shape, model.config))
 
 
 @torch.no_grad()

@@ -1,12 +1,12 @@
 """Sharding by FSDP2: every rank of a copy holds a part of each weight and gathers a block when that block runs.
 
-    islands = shard_model(model, mesh, bf16=False)       # after tensor.split_layers
-    sum_islands(islands, mesh)                           # after the backward pass of the last micro-batch
+    names = shard_model(model, mesh, bf16=False)         # after tensor.split_layers
+    sum_islands(islands, split, mesh)                    # after the backward pass of the last micro-batch
 
 A block is a unit over dp_shard x cp; embedding and output matrix are the root unit, over tp too. Gradients are summed,
 never averaged: the loss was divided by the targets of the whole step. Islands, what `Float32Module` keeps wide, are
 whole on every rank (fully_shard knows one dtype a unit, and they are 0.1 % of a model); their gradients are summed in
-one bucket. Not here: groups of ranks (mesh.py), what a rank's part of a weight is (pieces.py).
+one bucket. Not here: groups of ranks (mesh.py), what a rank's part of a weight is (several.py).
 """
 
 import warnings
@@ -33,8 +33,8 @@ def island_names(model: nn.Module) -> list[str]:
     ]
 
 
-def shard_model(model: LanguageModel, mesh: Mesh, *, bf16: bool) -> dict[str, nn.Parameter]:
-    """Shard a model in place; return its islands by name.
+def shard_model(model: LanguageModel, mesh: Mesh, *, bf16: bool) -> list[str]:
+    """Shard a model in place, wherever it is; return the names of its islands.
 
     Args:
         bf16: gather the weights of blocks in bfloat16, in which autocast multiplies; gradients are summed in float32.
@@ -42,8 +42,8 @@ def shard_model(model: LanguageModel, mesh: Mesh, *, bf16: bool) -> dict[str, nn
     """
     # It warns of every view that leaves a unit, lest someone changes it in place; nothing here is changed in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-    islands = {name: model.get_parameter(name) for name in island_names(model)}
-    ignored = set(islands.values())
+    islands = island_names(model)
+    ignored = {model.get_parameter(name) for name in islands}
     replicated = mesh.layout.dp_replicate > 1
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if bf16 else MixedPrecisionPolicy(cast_forward_inputs=False)

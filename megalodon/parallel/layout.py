@@ -28,7 +28,8 @@ class ParallelConfig(Config):
     tp: int = Field(default=1, ge=1)
     """Devices that share one layer."""
     timeout_minutes: float = Field(default=30, gt=0)
-    """What a rank waits for the others before the run ends; also for rank 0 while it writes samples."""
+    """What a rank waits for the others before the run ends; also for rank 0 while it writes samples, and for all to
+    write their parts of a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 World = dp_replicate x dp_shard x cp x tp, tp counted fastest, then cp. Not here: what goes over the groups.
 """
 
+from datetime import timedelta
 from functools import cached_property
 
 import torch.distributed as dist
@@ -17,21 +18,22 @@ class Mesh:
     """Views of the same ranks, for data, storage and sums; a rank's coordinate in each direction.
 
     Args:
-        layout: of as many ranks as there are.
-        device: cpu or cuda.
+        layout:   of as many ranks as there are.
+        device:   cpu or cuda.
+        patience: what a rank waits for another by way of the host; None = what PyTorch waits, 30 minutes.
     """
 
-    def __init__(self, layout: Layout, device: str) -> None:
+    def __init__(self, layout: Layout, device: str, patience: timedelta | None = None) -> None:
         if layout.world_size != dist.get_world_size():
             raise ValueError(f"{layout} is of {layout.world_size} ranks; there are {dist.get_world_size()}")
         self.layout, self.rank = layout, dist.get_rank()
         rest, self.tp_rank = divmod(self.rank, layout.tp)
         self.data_rank, self.cp_rank = divmod(rest, layout.cp)
-        self._device = device
+        self.device, self._patience = device, patience
 
     def _view(self, *axes: tuple[str, int]) -> DeviceMesh:
         names, sizes = zip(*axes, strict=True)
-        return init_device_mesh(self._device, sizes, mesh_dim_names=names)
+        return init_device_mesh(self.device, sizes, mesh_dim_names=names)
 
     @cached_property
     def storage(self) -> DeviceMesh:
@@ -66,4 +68,10 @@ class Mesh:
     def talk(self) -> dist.ProcessGroup:
         """All ranks, by way of the host: for numbers and words that steer a run."""
         world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
-        return world if self._device == "cpu" else dist.new_group(backend="gloo")
+        return world if self.device == "cpu" else dist.new_group(backend="gloo", timeout=self._patience)
+
+    @cached_property
+    def aside(self) -> dist.ProcessGroup:
+        """All ranks once more, by way of the host: for one other thread of each."""
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=self._patience)
+        return group

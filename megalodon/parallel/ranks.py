@@ -10,12 +10,15 @@ Nothing here imports PyTorch's distributed engine, which takes half a second to 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from megalodon.model.architectures import LanguageModel, ModelState
 from megalodon.parallel.layout import ONE, Layout
+
+if TYPE_CHECKING:
+    from megalodon.parallel.talk import Talk
 
 T = TypeVar("T")
 
@@ -37,12 +40,14 @@ class Ranks:
     """The number of this process."""
     data_rank = 0
     """Which share of the windows of a step this rank reads, of `layout.data_ranks`."""
+    writers: "Talk | None" = None
+    """All of them once more, for the thread that saves; None for one process."""
     stream = 0
     """Which stream of random numbers is this rank's: another for each share of windows and piece of a sequence."""
 
     @property
     def main(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is the rank that speaks, and writes all but the parts of a checkpoint."""
         return self.rank == 0
 
     @property
@@ -58,7 +63,10 @@ class Ranks:
     # The model
 
     def wrap(self, model: LanguageModel, *, bf16: bool) -> None:
-        """Leave this rank's parts of a whole model in it, in place. The model is called by `hidden` from then on."""
+        """Leave this rank's parts of a model in it, in place. The model is called by `hidden` from then on.
+
+        Of one that was built on the meta device nothing is ever whole; its parts have memory then and no values.
+        """
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What the optimizer updates, by name: the parameters, of sharded ones this rank's part in the same memory."""
@@ -132,6 +140,10 @@ class Ranks:
         """
 
     # Whole tensors
+
+    def writes(self, name: str) -> bool:
+        """Whether this rank saves its part of a parameter, or of anything that lies as it does, and not one like it."""
+        return True
 
     def place(self, name: str, part: Tensor) -> Piece:
         """Where this rank's part of a parameter, or of anything that lies as it does, belongs in the whole."""

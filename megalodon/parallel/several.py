@@ -5,7 +5,6 @@
 Not here: how a model is sharded (fsdp.py), split (tensor.py), or reads a piece (chunk.py); who starts the processes.
 """
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,11 +20,13 @@ from megalodon.errors import CheckFailed
 from megalodon.model.architectures import LanguageModel, ModelState
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
+from megalodon.model.weights import allocate
 from megalodon.parallel.chunk import ChunkPrefix
 from megalodon.parallel.collectives import all_gather
 from megalodon.parallel.fsdp import shard_model, sum_islands, units
 from megalodon.parallel.mesh import Mesh
 from megalodon.parallel.ranks import Piece, Ranks
+from megalodon.parallel.talk import Talk
 from megalodon.parallel.tensor import split_layers
 from megalodon_kernels import Statistics
 
@@ -58,7 +59,7 @@ class SeveralRanks(Ranks):
         self._split: dict[str, int] = {}
         self._sharded: dict[str, _Sharded] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._common: Exception | None = None
+        self._talk, self.writers = Talk(mesh.talk), Talk(mesh.aside)
 
     # The model
 
@@ -66,7 +67,10 @@ class SeveralRanks(Ranks):
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if self.layout.tp > 1:
             self._split = split_layers(cast(Megalodon, model), self.mesh)
-        self._islands = shard_model(model, self.mesh, bf16=bf16)
+        islands = shard_model(model, self.mesh, bf16=bf16)
+        if isinstance(model, Megalodon) and model.embed.weight.is_meta:
+            allocate(model, torch.device(self.mesh.device))
+        self._islands = {name: model.get_parameter(name) for name in islands}
         for name, p in model.named_parameters():
             if isinstance(p, DTensor):
                 self._sharded[name] = _Sharded(p.device_mesh, p.placements, p.shape)
@@ -145,33 +149,19 @@ class SeveralRanks(Ranks):
         return int(largest)
 
     def from_main(self, value: Callable[[], T]) -> T:
-        told: list[Any] = [None, None]
-        raised: Exception | None = None
-        if self.main:
-            try:
-                told = [value(), None]
-            except Exception as error:
-                raised, told = error, [None, _sendable(error)]
-        dist.broadcast_object_list(told, src=0, group=self.mesh.talk)
-        if told[1] is not None:
-            self._common = raised or told[1]
-            raise self._common
-        return cast(T, told[0])
+        return self._talk.from_main(value)
 
     def all_have(self, error: Exception) -> bool:
-        return error is self._common
+        return error is self._talk.common
 
     def first(self, word: str | None) -> str | None:
         if not self.any(word is not None)[0]:
             return word
-        told: list[str | None] = [None] * self.layout.world_size
-        dist.all_gather_object(told, word, group=self.mesh.talk)
-        said: str = next(one for one in told if one is not None)
+        said: str = next(one for one in self._talk.gathered(word) if one is not None)
         return said
 
     def check_alike(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        shape, told = self.layout, [None] * self.layout.world_size
-        mine = {}
+        shape, mine = self.layout, {}
         for name, part in parameters.items():
             if self.copies(name) > 1:
                 # Who holds the same part: all ranks, those with the same features, or the same place in another copy.
@@ -179,10 +169,9 @@ class SeveralRanks(Ranks):
                 holders = self.mesh.tp_rank if name in self._islands and name in self._split else same
                 value = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
                 mine[name] = holders, hashlib.sha256(value).hexdigest()
-        dist.all_gather_object(told, mine, group=self.mesh.talk)
         found: dict[tuple[str, int], str] = {}
         differ: dict[str, list[int]] = {}
-        for rank, one in enumerate(cast(list[dict[str, tuple[int, str]]], told)):
+        for rank, one in enumerate(self._talk.gathered(mine)):
             for name, (holders, digest) in one.items():
                 if found.setdefault((name, holders), digest) != digest:
                     differ.setdefault(name, []).append(rank)
@@ -195,6 +184,12 @@ class SeveralRanks(Ranks):
             )
 
     # Whole tensors
+
+    def writes(self, name: str) -> bool:
+        shape = self.layout
+        if name in self._sharded:
+            return self.rank < shape.shards * shape.tp
+        return self.rank < (shape.tp if name in self._split else 1)
 
     def place(self, name: str, part: Tensor) -> Piece:
         whole = self._shapes.get(name, tuple(part.shape))
@@ -244,12 +239,3 @@ class SeveralRanks(Ranks):
         finally:
             for name, part in parts.items():
                 self._islands[name].data = part
-
-
-def _sendable(error: Exception) -> Exception:
-    """The error itself, or one that says the same if it cannot be made again on another rank."""
-    try:
-        copy.deepcopy(error)
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

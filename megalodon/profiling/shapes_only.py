@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from megalodon.model.architectures import LanguageModel, LanguageModelConfig, build_model
@@ -97,8 +97,17 @@ def _wide(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in some values, and of those that a tensor sharded over ranks stands for; none of meta."""
+    for x in tree_leaves(values):
+        if is_traceable_wrapper_subclass(x):
+            yield from _storages([getattr(x, name) for name in x.__tensor_flatten__()[0]])
+        elif isinstance(x, Tensor) and x.device.type != "meta":
+            yield x.untyped_storage()
+
+
 class LiveBytes(TorchDispatchMode):
-    """Notes when the storage of a result comes and goes, of tensors with values and without.
+    """Notes when the storage of a result comes and goes, of tensors with values and without; not on the meta device.
 
     What was there before counts for nothing, and neither does a view of it.
     """
@@ -112,9 +121,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            if storage._cdata not in given:
                 self._note(storage)
         return out
 

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -100,12 +101,13 @@ class Run:
     """What the manifest of a checkpoint records besides its files: frozen values, versions."""
     tasks: tuple[Task, ...] = ()
     """In the order in which they run."""
-    build: Callable[[LanguageModel], None] = lambda model: None
+    build: Callable[[LanguageModel], None] | None = None
     """Called with every model that was just made: gives it what no checkpoint holds, frozen weights and adapters."""
-    initialise: Callable[[LanguageModel], None] = lambda model: None
+    initialise: Callable[[LanguageModel], None] | None = None
     """Called with the model of a run that starts at step 0, before its first step: weights from elsewhere."""
     ranks: Ranks = ALONE
-    """The processes that train together. Only the main one writes, reports and runs tasks that are not `by_all`."""
+    """The processes that train together. All write their parts of a checkpoint; only the main one writes anything else,
+    reports, and runs tasks that are not `by_all`."""
     resume_from: Path | None = None
     """The one checkpoint to continue from; None = the newest of this run that verifies."""
     begin: Callable[[], None] = lambda: None
@@ -339,7 +341,7 @@ class Trainer:
         Raises: NumericalError if the rollbacks are used up or no checkpoint is older; the message tells them all.
         """
         limit, rows = self.plan.config.guard.max_rollbacks, self.plan.rows
-        self._settle(wait=True)
+        self._await_save()
         saved, why = None, f"train.guard.max_rollbacks {limit} does not allow another rollback"
         if len(self.rollbacks) < limit:
             why = f"no checkpoint from before step {verdict.bad[0]} to go back to"
@@ -509,21 +511,39 @@ class Trainer:
     def _save(self, *, background: bool = False) -> None:
         """Commit a checkpoint of this step, once, or begin to; before the first step there is nothing to save."""
         begin = time.monotonic()
-        due, self.saved, self.saved_step = self.ranks.from_main(self._unsaved)
-        if not due:
+        self._await_save()
+        if self.step == self.saved_step:
             return
-        tensors = self.weights.whole()
-        commit = functools.partial(self._commit, tensors, background, begin)
-        self.saved, self.saved_step = self.ranks.from_main(commit)
+        self.ranks.from_main(self.metrics.sync)
+        tensors, share = self.weights.saved()
+        self.saved_at = time.monotonic()
+        said = self._state(), self._about()
+        self.saver.save(self.step, tensors, *said, background=background, since=begin, share=share)
+        if not background:
+            self._await_save()
 
-    def _unsaved(self) -> tuple[bool, Path | None, int]:
-        """Whether this step has to be saved, once the save in flight has ended; the newest checkpoint, and its step."""
+    def _await_save(self) -> None:
+        """Let the save in flight end; then all ranks know the newest checkpoint, or raise what the main one does."""
+        mine: Exception | None = None
+        if not self.ranks.main:
+            try:
+                self.saver.poll(wait=True)
+            except Exception as error:  # the main rank was told too, and decides
+                mine = error
+        try:
+            self.saved, self.saved_step = self.ranks.from_main(self._settled)
+        except Exception as error:
+            if mine is not None:
+                raise error from mine
+            raise
+
+    def _settled(self) -> tuple[Path | None, int]:
         self._settle(wait=True)
-        return self.step != self.saved_step, self.saved, self.saved_step
+        return self.saved, self.saved_step
 
-    def _commit(self, tensors: Mapping[str, Tensor], background: bool, begin: float) -> tuple[Path | None, int]:
-        """Save, or begin to; the newest checkpoint that is known to be committed, and its step."""
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """The scalars of a checkpoint."""
+        return {
             "step": self.step,
             "updates": self.updates,
             "tokens": self.tokens,
@@ -539,15 +559,12 @@ class Trainer:
                 for group in self.optimizer.param_groups
             ],
         }
+
+    def _about(self) -> dict[str, Any]:
+        """What the manifest of a checkpoint says besides its files."""
         loss = self.valid_loss if self.observed == self.step else None
         scored = loss if loss is not None and math.isfinite(loss) else None
-        about = {**self.run.about, "data": self.loader.store.fingerprint, "valid_loss": scored}
-        self.metrics.sync()
-        self.saved_at = time.monotonic()
-        ours = not self.ranks.alone  # they were put together for this alone
-        self.saver.save(self.step, tensors, state, about, background=background, since=begin, copied=ours)
-        self._settle(wait=not background)
-        return self.saved, self.saved_step
+        return {**self.run.about, "data": self.loader.store.fingerprint, "valid_loss": scored}
 
     def _settle(self, *, wait: bool = False) -> None:
         """Tell how the save in flight ended, if it has. Raises: EnvironmentFault if it failed and on_error is stop."""
@@ -590,6 +607,7 @@ class Trainer:
             self._restore(saved)
         else:
             self.weights.begin(self.run.initialise)
+        self._see_directory()
         self.ranks.from_main(self.run.begin)
         if not self.ranks.main:
             self.run.begin()
@@ -597,6 +615,23 @@ class Trainer:
         if saved is not None:
             text = f"resuming at step {self.step:,} ({self.tokens:,} tokens seen)"
             self.run.report({"kind": "note", "event": "resumed", "step": self.step, "text": text})
+
+    def _see_directory(self) -> None:
+        """Check that all ranks see one run directory, into which each writes its parts of checkpoints.
+
+        Raises: EnvironmentFault, on every rank.
+        """
+        if self.ranks.alone:
+            return
+        sign: Path = self.ranks.from_main(lambda: Path(tempfile.mkstemp(prefix=".shared-", dir=self.run.directory)[1]))
+        seen = None if sign.exists() else f"rank {self.ranks.rank} does not see {sign.parent} as rank 0 does"
+        missing = self.ranks.first(seen)
+        if self.ranks.main:
+            sign.unlink()
+        if missing:
+            raise EnvironmentFault(
+                f"{missing}; expected a directory that all ranks share, such as one of a network disk"
+            )
 
     def _found(self) -> tuple[Saved | None, list[Rollback]]:
         """The checkpoint to continue from, and the rollbacks of the run."""

@@ -169,6 +169,12 @@ class AveragedWeights:
         self.mean = {name: p.detach().to(torch.float32, copy=True) for name, p in self.live.items()}
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begin with what the parameters hold by now."""
+        for name, parameter in self.live.items():
+            self.mean[name].copy_(parameter)
+
+    @torch.no_grad()
     def update(self, count: int) -> None:
         """Take in the parameters after their `count`-th update, from 1."""
         torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), max(1 - self.decay, 1 / count))

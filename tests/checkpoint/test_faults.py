@@ -274,7 +274,9 @@ def test_a_writer_that_loses_a_tensor_is_found_out_before_the_commit(
 ) -> None:
     real = store.write_tensors
     monkeypatch.setattr(
-        store, "write_tensors", lambda path, given, go_on: real(path, dict(list(given.items())[:-1]), go_on)
+        store,
+        "write_tensors",
+        lambda path, given, *more, **how: real(path, dict(list(given.items())[:-1]), *more, **how),
     )
     with pytest.raises(EnvironmentFault, match=r"step 1 could not be saved .* model.c is missing"):
         save(tmp_path, 1)

@@ -161,7 +161,6 @@ from pathlib import Path
 import torch
 from megalodon.checkpoint.saver import Saver
 from megalodon.checkpoint.store import CheckpointConfig
-import torch.distributed.checkpoint.hf_storage
 torch.set_num_threads(1)
 for number in range(5):
     if os.fork() == 0:

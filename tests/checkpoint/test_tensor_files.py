@@ -1,8 +1,11 @@
 """Every tensor is in the files exactly once, or they are refused by their headers, before anything is allocated."""
 
+import hashlib
 import json
 import math
+import time
 import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from megalodon.checkpoint.tensor_files import (
     write_tensors,
 )
 from megalodon.errors import CheckpointError
+from megalodon.profiling.shapes_only import LiveBytes
 
 
 def tensors() -> dict[str, Tensor]:
@@ -216,3 +220,46 @@ def test_a_header_of_100_megabytes_is_refused_without_reading_it(tmp_path: Path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_what_two_ranks_wrote_is_read_by_the_distributed_checkpoints_of_pytorch(tmp_path: Path) -> None:
+    """Files of several ranks stay readable without us."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    whole = {"w": torch.arange(42.0).reshape(6, 7), "n": torch.tensor(3)}
+    first = write_tensors(tmp_path, {"w": whole["w"][:4], "n": whole["n"]}, places={"w": ((0, 0), (6, 7))})
+    second = write_tensors(tmp_path, {"w": whole["w"][4:]}, places={"w": ((4, 0), (6, 7))}, rank=1)
+    assert [*first, *second] == sorted(path.name for path in tmp_path.iterdir())
+    for name, about in {**first, **second}.items():
+        content = (tmp_path / name).read_bytes()
+        assert about == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    found = {"w": torch.zeros(6, 7), "n": torch.tensor(0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is one process which reads
+        load(found, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_file_is_written_tensor_by_tensor(tmp_path: Path) -> None:
+    """Copied is what does not lie in memory as it will in the file: one at a time."""
+    tensors = {str(n): torch.full((256, 512), float(n)).T for n in range(8)}
+    tracemalloc.start()
+    try:
+        with LiveBytes() as live:
+            write_tensors(tmp_path, tensors)
+        assert tracemalloc.get_traced_memory()[1] < 2**18
+    finally:
+        tracemalloc.stop()
+    assert live.peak() == tensors["0"].nbytes
+
+
+def test_thousands_of_pieces_are_checked_in_no_time() -> None:
+    """A tensor over 2,048 ranks, cut in two ways: not every piece beside every other."""
+    form, columns = Form((4096, 64), "float32"), (0, 32)
+    boxes = [Box(Path("x"), "w", (row, at), Form((4, 32), "float32")) for row in range(0, 4096, 4) for at in columns]
+    begin = time.process_time()
+    check_coverage(reversed(boxes), {"w": form}, "x")
+    assert time.process_time() - begin < 0.5
+    with pytest.raises(CheckpointError, match="two pieces for the same place"):
+        check_coverage([*boxes, boxes[999]._replace(path=Path("y"))], {"w": form}, "x")

@@ -7,61 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from factories import random_tokens, tiny_config, tiny_model
+from factories import random_tokens, tiny_model
+from rank_runs import LAYOUTS, SEQ_LEN, STEPS, parts
 from ranks import on_ranks
 from stores import BYTES_TABLE, NUM_CLASSES, metrics, saved_tensors, tiny_store
 from tolerances import distance
 
-from megalodon.checkpoint.store import CheckpointConfig
-from megalodon.data.loader import Loader, validation_batches
-from megalodon.data.shards import open_store
+from megalodon.data.loader import validation_batches
 from megalodon.errors import CheckFailed
 from megalodon.evaluation.perplexity import evaluate
 from megalodon.model.adapters import LoraConfig, inject
-from megalodon.model.llama import LlamaConfig
-from megalodon.parallel.layout import Layout, ParallelConfig
+from megalodon.parallel.layout import Layout
 from megalodon.parallel.mesh import Mesh
-from megalodon.parallel.ranks import ALONE
 from megalodon.parallel.several import SeveralRanks
-from megalodon.parallel.tensor import limits_of
 from megalodon.training.guard import StepGuard
 from megalodon.training.loop import Run, Task, Trainer, train
-from megalodon.training.metrics import LogConfig
-from megalodon.training.optim import OptimConfig, gradient_norms
-from megalodon.training.plan import TrainConfig, make_plan
+from megalodon.training.optim import gradient_norms, parameter_of
 from megalodon.training.rollback import Rollback, write_rollbacks
-
-SEQ_LEN, STEPS = 40, 4
-LAYOUTS = {
-    "fsdp2": Layout(dp_shard=2), "hsdp": Layout(dp_replicate=2, dp_shard=2), "tp2": Layout(tp=2), "cp2": Layout(cp=2),
-    "fsdp2 x tp2": Layout(dp_shard=2, tp=2), "cp2 x tp2": Layout(cp=2, tp=2), "fsdp4": Layout(dp_shard=4),
-}  # fmt: skip
-
-
-def parts(folder: str, layout: Layout | None, isolate: str, how: dict[str, Any]) -> Any:
-    """What a rank of a layout trains: configuration, samples, plan, ranks."""
-    precision, arch = how.pop("precision", "fp32"), how.pop("arch", "megalodon")
-    config: Any = tiny_config(ffn_hidden_dim=30, swiglu=True, **how)
-    if arch == "llama":
-        config = LlamaConfig(
-            num_layers=2, model_dim=24, num_heads=2, ffn_hidden_dim=30, vocab_size=53, max_positions=99
-        )
-    ranks = SeveralRanks(Mesh(layout, "cpu")) if layout else ALONE
-    shape = ranks.layout
-    plan = make_plan(
-        TrainConfig(max_steps=STEPS, batch_tokens=8 * SEQ_LEN, micro_batch=1, precision=precision),
-        OptimConfig(lr=1e-2, warmup="2 steps", ema=0.9),
-        CheckpointConfig(every=2),
-        LogConfig(health_every=2),
-        ParallelConfig(dp_replicate=shape.dp_replicate, dp_shard=shape.dp_shard, cp=shape.cp, tp=shape.tp),
-        seq_len=SEQ_LEN, windows=50, device="cpu", world_size=shape.world_size, **limits_of(config),
-    )  # fmt: skip
-    return config, Loader(open_store(Path(folder).parent / "store"), SEQ_LEN, isolate, 1), plan, ranks
 
 
 def run(folder: str, layout: Layout | None, isolate: str = "doc", stop_at: int | None = None, **how: Any) -> Any:
     """Train, or go on, as one rank of a layout: how it ended, at which step, and on the main rank the weights."""
-    build = with_adapters if how.pop("adapters", False) else lambda model: None
+    build = with_adapters if how.pop("adapters", False) else None
     config, loader, plan, ranks = parts(folder, layout, isolate, how)
 
     def score(model: Any) -> Any:
@@ -205,12 +172,13 @@ def test_words_and_errors_reach_every_rank() -> None:
 
 
 def reloaded(folder: str, layout: Layout | None) -> dict[str, torch.Tensor]:
-    """What a rank has after resuming, put together again: nothing but on the main one."""
+    """What a rank has after resuming, put together again."""
     config, loader, plan, ranks = parts(folder, layout, "doc", {})
     trainer = Trainer(config, loader, plan, Run(Path(folder), NUM_CLASSES, BYTES_TABLE, ranks=ranks))
     trainer.resume()
     trainer.metrics.close()
-    return trainer.weights.whole() if layout or ranks.main else {}
+    live = trainer.weights.live()
+    return {name: ranks.whole(parameter_of(name), tensor).clone() for name, tensor in live.items()}
 
 
 def with_adapters(model: Any) -> None:
@@ -222,7 +190,9 @@ def as_rank(folder: str, layout: Layout | None, how: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", pytest.param("hsdp", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", [{"arch": "llama"}, {"adapters": True}], ids=["the baseline", "adapters"])
+@pytest.mark.parametrize(
+    "how", [{"arch": "llama"}, {"adapters": True}, {"share_emb": True}], ids=["the baseline", "adapters", "tied"]
+)
 def test_what_else_is_trained_is_sharded_too(folder: Path, layout: str, how: dict[str, Any]) -> None:
     run(str(folder / "one"), None, **how)
     found = on_ranks(LAYOUTS[layout].world_size, as_rank, str(folder / "many"), LAYOUTS[layout], how)
