@@ -73,5 +73,6 @@ class Mesh:
     @cached_property
     def aside(self) -> dist.ProcessGroup:
         """All ranks once more, by way of the host: for one other thread of each."""
-        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=self._patience)
+        backend = None if self.device == "cpu" else "gloo"  # None: that of all ranks
+        group: dist.ProcessGroup = dist.new_group(backend=backend, timeout=self._patience)
         return group
