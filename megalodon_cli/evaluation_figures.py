@@ -20,7 +20,7 @@ def plot_evaluation(document: Mapping[str, Any], file: Path) -> None:
         panels += [partial(_over_context, models), partial(_gain, models)]
         panels += [partial(_in_window, model) for model in models]
     panels += [partial(_recall, model) for model in models if "recall" in model]
-    name = document["data"]["name"] if document["data"] else "recall"
+    name = Path(document["data"]["name"]).name if document["data"] else "recall"  # a picture goes to other people
     draw(f"{name} · norm_stats {document['norm_stats']}", panels, file)
 
 
