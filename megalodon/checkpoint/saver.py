@@ -100,7 +100,7 @@ class Saver:
         try:
             path = save_step(self.root, step, tensors, state, about, self._go_on, share)
             try:
-                if share is None or share.team.rank == 0:
+                if share is None or share.writers.rank == 0:
                     retain(self.root, self.config, step)
             except EnvironmentFault as error:
                 trouble = error
@@ -150,5 +150,5 @@ class Saver:
             self._thread.join(grace)
             self._abandoned.set()
             self._thread.join()
-        self.pending = self._thread = self._outcome = None
+        self.pending = self._thread = self._outcome = self._broken = None
         self._abandoned.clear()

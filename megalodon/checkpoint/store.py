@@ -89,7 +89,7 @@ class CheckpointConfig(Config):
         return self
 
 
-class Team(Protocol):
+class Writers(Protocol):
     """The ranks that write a checkpoint together, as the one of them that is here talks to all."""
 
     rank: int
@@ -121,7 +121,7 @@ class Share(NamedTuple):
     """Of every tensor, whole."""
     places: Places
     """Of the parts that this one writes."""
-    team: Team = _OneProcess()
+    writers: Writers = _OneProcess()
 
 
 class Saved(NamedTuple):
@@ -326,7 +326,7 @@ def save_step(
             tensor exactly once; nothing is left behind. RuntimeError: a rank is lost; the next start tidies up.
     """
     target = step_path(root, step)
-    forms, places, team = share or Share({name: form_of(tensor) for name, tensor in tensors.items()}, {})
+    forms, places, writers = share or Share({name: form_of(tensor) for name, tensor in tensors.items()}, {})
     with ExitStack() as opened:
 
         def begin() -> Path | None:
@@ -337,7 +337,7 @@ def save_step(
                     return None
                 except CheckpointError:
                     set_aside(target)
-            check_space(root, sum(form.num_bytes for form in forms.values()), team.size * count_files(tensors))
+            check_space(root, sum(form.num_bytes for form in forms.values()), writers.size * count_files(tensors))
             aside = opened.enter_context(staged(target))
             (aside / "tensors").mkdir()
             return aside
@@ -353,28 +353,28 @@ def save_step(
             opened.close()
 
         try:
-            if (aside := team.from_main(begin)) is not None:
-                files = _written(aside / "tensors", tensors, go_on, places, team)
-                team.from_main(lambda: commit(aside, files))
+            if (aside := writers.from_main(begin)) is not None:
+                files = _written(aside / "tensors", tensors, go_on, places, writers)
+                writers.from_main(lambda: commit(aside, files))
         except (OSError, SafetensorError, CheckpointError) as error:
             raise EnvironmentFault(f"step {step} could not be saved in {root}: {error}") from error
     return target
 
 
 def _written(
-    directory: Path, tensors: Mapping[str, Tensor], go_on: Callable[[], None], places: Places, team: Team
+    directory: Path, tensors: Mapping[str, Tensor], go_on: Callable[[], None], places: Places, writers: Writers
 ) -> dict[str, dict[str, Any]]:
     """Write the tensors of all ranks; what they wrote. An error is told to all before it is raised, by each."""
     mine: dict[str, dict[str, Any]] | Exception
     try:
-        found = write_tensors(directory, tensors, go_on, places=places, rank=team.rank)
+        found = write_tensors(directory, tensors, go_on, places=places, rank=writers.rank)
         mine = {f"tensors/{name}": about for name, about in found.items()}
     except Exception as error:
         mine = error
     files: dict[str, dict[str, Any]] = {}
-    for rank, told in enumerate(team.gathered(mine)):
-        one = mine if rank == team.rank else told  # its own error knows where it comes from
-        if isinstance(one, OSError) and team.size > 1:
+    for rank, told in enumerate(writers.gathered(mine)):
+        one = mine if rank == writers.rank else told  # its own error knows where it comes from
+        if isinstance(one, OSError) and writers.size > 1:
             raise OSError(f"rank {rank}: {one}") from one
         if isinstance(one, Exception):
             raise one

@@ -10,6 +10,7 @@ Nothing here imports PyTorch's distributed engine, which takes half a second to 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -137,6 +138,12 @@ class Ranks:
         """Check that what several ranks hold of the parameters is the same on all of them, bit by bit.
 
         Raises: CheckFailed, on every rank, with the ranks and parameters that differ.
+        """
+
+    def check_shared(self, directory: Path) -> None:
+        """Check that all ranks see one directory, into which each writes its parts of checkpoints.
+
+        Raises: EnvironmentFault, on every rank, with one that does not see what the main rank puts there.
         """
 
     # Whole tensors

@@ -6,8 +6,10 @@ Not here: how a model is sharded (fsdp.py), split (tensor.py), or reads a piece 
 """
 
 import hashlib
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
-from megalodon.errors import CheckFailed
+from megalodon.errors import CheckFailed, EnvironmentFault
 from megalodon.model.architectures import LanguageModel, ModelState
 from megalodon.model.megalodon import Megalodon
 from megalodon.model.state import State
@@ -181,6 +183,20 @@ class SeveralRanks(Ranks):
             raise CheckFailed(
                 f"{name}{more} of rank {', '.join(map(str, ranks[:8]))} is no longer what the other ranks hold",
                 "a device or a link is faulty; the same command continues from the newest checkpoint",
+            )
+
+    def check_shared(self, directory: Path) -> None:
+        def put() -> Path:
+            sign = directory / f".shared-{secrets.token_hex(4)}"
+            sign.touch()
+            return sign
+
+        sign = self.from_main(put)
+        missing = self.first(None if sign.exists() else f"rank {self.rank} does not see {directory} as rank 0 does")
+        self.from_main(sign.unlink)
+        if missing:
+            raise EnvironmentFault(
+                f"{missing}; expected a directory that all ranks share, such as one of a network disk"
             )
 
     # Whole tensors

@@ -33,7 +33,7 @@ class Talk:
             try:
                 told = [value(), None]
             except Exception as error:
-                raised, told = error, [None, sendable(error)]
+                raised, told = error, [None, _sendable(error)]
         dist.broadcast_object_list(told, src=0, group=self._group)
         if told[1] is not None:
             self.common = raised or told[1]
@@ -43,11 +43,11 @@ class Talk:
     def gathered(self, value: T) -> list[T]:
         """Return what all say, by rank; an error may be one of the values."""
         told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, sendable(value) if isinstance(value, Exception) else value, group=self._group)
+        dist.all_gather_object(told, _sendable(value) if isinstance(value, Exception) else value, group=self._group)
         return told
 
 
-def sendable(error: Exception) -> Exception:
+def _sendable(error: Exception) -> Exception:
     """Return the error itself, or one that says the same if it cannot be sent, or made again on another rank."""
     try:
         ForkingPickler.dumps(error)

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -607,7 +606,7 @@ class Trainer:
             self._restore(saved)
         else:
             self.weights.begin(self.run.initialise)
-        self._see_directory()
+        self.ranks.check_shared(self.run.directory)
         self.ranks.from_main(self.run.begin)
         if not self.ranks.main:
             self.run.begin()
@@ -615,23 +614,6 @@ class Trainer:
         if saved is not None:
             text = f"resuming at step {self.step:,} ({self.tokens:,} tokens seen)"
             self.run.report({"kind": "note", "event": "resumed", "step": self.step, "text": text})
-
-    def _see_directory(self) -> None:
-        """Check that all ranks see one run directory, into which each writes its parts of checkpoints.
-
-        Raises: EnvironmentFault, on every rank.
-        """
-        if self.ranks.alone:
-            return
-        sign: Path = self.ranks.from_main(lambda: Path(tempfile.mkstemp(prefix=".shared-", dir=self.run.directory)[1]))
-        seen = None if sign.exists() else f"rank {self.ranks.rank} does not see {sign.parent} as rank 0 does"
-        missing = self.ranks.first(seen)
-        if self.ranks.main:
-            sign.unlink()
-        if missing:
-            raise EnvironmentFault(
-                f"{missing}; expected a directory that all ranks share, such as one of a network disk"
-            )
 
     def _found(self) -> tuple[Saved | None, list[Rollback]]:
         """The checkpoint to continue from, and the rollbacks of the run."""

@@ -155,6 +155,19 @@ def test_a_save_that_is_abandoned_leaves_nothing_and_the_next_one_works(
     assert saver.poll(wait=True) is not None
 
 
+def test_a_save_that_could_not_begin_and_is_abandoned_does_not_spoil_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Saver(tmp_path, CheckpointConfig())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails(RuntimeError("can't start new thread")))
+        saver.save(1, tensors(1.0), {}, {}, background=True)
+    saver.abandon()
+    assert steps_in(tmp_path) == []
+    saver.save(2, tensors(2.0), {}, {}, background=True)
+    assert saver.poll(wait=True) is not None and steps_in(tmp_path) == [2]
+
+
 LEAVES = """
 import os, sys, time
 from pathlib import Path
